@@ -1,0 +1,175 @@
+"""The kernel contract: one signature a kernel. Owns the abstract `Kernels` and the small values kernels take.
+
+Every backend (`torch_ref`, `cpu`, `triton`) implements exactly these signatures; `torch_ref` is the oracle and always
+right. Kernels write into caller-given static buffers and keep nothing; weights are held in the backend's own layout
+(`LinearWeight`). Shape letters: T tokens in the step, S sequences, H query heads, K kv heads, D head_dim, V vocab,
+R rows of logits, B block size in tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class LinearWeight(ABC):
+    """A weight matrix [out_features, in_features] in the layout its backend's kernels read.
+
+    Storage exists from construction (its bytes are known before any weight is read); `load_rows` fills it, so fused
+    matrices (qkv, gate_up) and streamed files never need a second copy of more than one tensor.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of device memory held, padding of the layout included."""
+
+    @abstractmethod
+    def load_rows(self, first_row: int, rows: Tensor) -> None:
+        """Store rows [n, in_features] (any float dtype, on host or device) at out-features first_row.. ."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The matrix [out_features, in_features] back in plain layout, for tests."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """What attention needs to know of one step for one KV group; tensors are views of static input buffers.
+
+    block_tables [S, max_blocks] int32: entry i covers positions i*B..i*B+B-1; entries a sliding window has left
+      behind are stale and must never be read.
+    slot_mapping [T] int64: block * B + offset where each new token's K/V goes; -1 skips (padding).
+    query_start [S+1] int32: sequence s owns tokens query_start[s]..query_start[s+1]-1 (its last query_len positions).
+    seq_lens [S] int32: positions after this step, so the query of token j sees positions 0..its own position.
+    """
+
+    block_tables: Tensor
+    slot_mapping: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+    num_seqs: int
+    max_query_len: int
+    max_seq_len: int
+    block_size: int
+    window: int  # 0: full attention; else a token sees positions p-window+1 .. p
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Per-row sampling parameters [R]; views of static input buffers.
+
+    temperature f32 (0 = greedy); top_k int32 (0 = off); top_p f32 (1 = off); min_p f32 (0 = off); seed int64 and
+    position int64 give the row's one uniform number through `uniform_from_seed`, so a token depends on its own
+    request only. all_greedy is a host-side hint that lets a backend take the argmax path.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    position: Tensor
+    all_greedy: bool
+
+
+class Kernels(ABC):
+    """All compute a model step needs. Outputs are written to the `out` buffers; nothing is returned but views."""
+
+    name: str
+
+    # weights
+    @abstractmethod
+    def new_linear(self, out_features: int, in_features: int, dtype: torch.dtype) -> LinearWeight:
+        """Allocate a weight matrix in this backend's layout."""
+
+    @abstractmethod
+    def linear_num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Bytes `new_linear` will hold, computed without allocating."""
+
+    # dense
+    @abstractmethod
+    def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
+        """out[T, out_features] = x[T, in_features] @ weight.T (+ bias[out_features] f32). x has the weight's dtype; out has it
+        too or is float32 (logits). Rows of x and out may be strided (stride(1) == 1). Accumulates in float32."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
+        """out[T, hidden] = weight[ids[T] int64] * scale; with scale != 1 the product is rounded once to out's dtype, scale itself
+        first rounded to out's dtype (as Gemma does). ids outside the vocabulary are undefined."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        """out[T, N] = x / sqrt(mean(x^2) + eps) * weight[N] f32, computed in float32, rounded once; out may be x."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, post_weight: Tensor | None = None
+    ) -> None:
+        """residual[T, N] += x (or += rms_norm(x, post_weight) where given, as Gemma's sandwich norms do), then
+        out[T, N] = rms_norm(residual, weight). The sum is rounded to residual's dtype before it is normed; out may be x."""
+
+    @abstractmethod
+    def gated_activation(self, gate_up: Tensor, out: Tensor, activation: Activation) -> None:
+        """out[T, N] = act(gate_up[T, :N]) * gate_up[T, N:2N], computed in float32."""
+
+    @abstractmethod
+    def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        """out[R, N] = x[rows[R] int64]."""
+
+    # attention
+    @abstractmethod
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """For qkv[T, (H+2K)*D], in place on q: optional per-head RMS norm of q and k (weights [D] f32), rotate-half rotary
+        embedding by cos_sin[max_position, D] f32 (first D/2 cos, last D/2 sin) at positions[T] int64; k (rotated) and v go
+        to kv_cache[num_blocks, 2, B, K, D] (strided view, innermost contiguous) at slot_mapping[T]. q stays in qkv."""
+
+    @abstractmethod
+    def attention(
+        self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor
+    ) -> None:
+        """Causal paged attention: out[T, H*D] from q[T, H*D] (strided rows) over the cache, grouped heads, optional sliding window
+        (batch.window) and logit soft-capping (softcap > 0: softcap * tanh(s / softcap)). Softmax in float32.
+        Covers prefill, chunked prefill, decode and mixes of them."""
+
+    # logits
+    @abstractmethod
+    def penalize(
+        self, logits_row: Tensor, prompt_ids: Tensor, output_ids: Tensor, repetition: float, presence: float, frequency: float
+    ) -> None:
+        """In place on logits_row[V] f32: repetition (over prompt and output, divide if > 0 else multiply), then frequency * count
+        and presence over output ids (OpenAI's definition). Ids are int64 and may repeat."""
+
+    @abstractmethod
+    def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
+        """out_ids[R] int64 from logits[R, V] f32 (may be overwritten). Greedy rows: argmax, lowest id on ties. Else softmax(logits /
+        temperature); keep top_k; of those the smallest set whose probability reaches top_p; of those the ones with p >= min_p * max;
+        then inverse-CDF in id order with the row's uniform number (`uniform_from_seed`)."""
+
+    @abstractmethod
+    def top_logprobs(
+        self, logits: Tensor, chosen: Tensor, out_chosen: Tensor, out_rank: Tensor, out_ids: Tensor, out_values: Tensor
+    ) -> None:
+        """Log-softmax statistics of logits[R, V] f32 before temperature: out_chosen[R] f32 the log-probability of chosen[R] int64,
+        out_rank[R] int64 its rank (1 = best), out_ids[R, N] int64 and out_values[R, N] f32 the N best in order."""
