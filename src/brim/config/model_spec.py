@@ -99,9 +99,7 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
     model_type = str(config.get("model_type", "missing"))
     family = _HF_FAMILIES.get(model_type)
     if family is None:
-        raise UnsupportedModel(
-            f"Architecture '{model_type}' is not supported; Brim runs {', '.join(sorted(set(_HF_FAMILIES)))}."
-        )
+        raise UnsupportedModel(f"Architecture '{model_type}' is not supported; Brim runs {', '.join(sorted(set(_HF_FAMILIES)))}.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(f"Quantisation '{method}' is not supported; use the unquantised model or a GGUF file.")
@@ -123,9 +121,7 @@ class _Reader:
         head_dim = self._count("head_dim", 256 if gemma else hidden_size // num_heads)
         num_kv_heads = self._count("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
-            raise BrokenModel(
-                f"config.json: {num_heads} attention heads cannot be grouped over {num_kv_heads} kv heads."
-            )
+            raise BrokenModel(f"config.json: {num_heads} attention heads cannot be grouped over {num_kv_heads} kv heads.")
         kinds, window = self._layer_kinds()
         scalar = self._config.get("query_pre_attn_scalar", 256) if gemma else head_dim
         bias = bool(self._config.get("attention_bias", False))
@@ -196,21 +192,18 @@ class _Reader:
             return ("full",) * num_layers, 0
         named = self._config.get("layer_types")
         if named:
-            kinds: tuple[AttentionKind, ...] = tuple("sliding" if k == "sliding_attention" else "full" for k in named)
+            kinds = tuple(_kind(k == "sliding_attention") for k in named)
             if len(kinds) != num_layers:
-                raise BrokenModel(
-                    f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}."
-                )
+                raise BrokenModel(f"config.json: layer_types names {len(kinds)} of {num_layers} layers.")
         elif self._family == "gemma3":
-            pattern = int(
-                self._config.get("sliding_window_pattern") or self._config.get("_sliding_window_pattern") or 6
-            )
-            kinds = tuple("sliding" if (i + 1) % pattern else "full" for i in range(num_layers))
+            names = ("sliding_window_pattern", "_sliding_window_pattern")
+            pattern = next((int(self._config[n]) for n in names if self._config.get(n)), 6)
+            kinds = tuple(_kind((i + 1) % pattern != 0) for i in range(num_layers))
         elif self._family in ("qwen2", "qwen3"):
             first = int(self._config.get("max_window_layers", 0))
-            kinds = tuple("sliding" if i >= first else "full" for i in range(num_layers))
+            kinds = tuple(_kind(i >= first) for i in range(num_layers))
         else:
-            kinds = ("sliding" if self._family == "mistral" and window else "full",) * num_layers
+            kinds = (_kind(self._family == "mistral" and window > 0),) * num_layers
         return kinds, window if "sliding" in kinds else 0
 
     def _rope(self, kind: str, default_theta: float) -> RopeSpec:
@@ -284,6 +277,10 @@ def spec_from_gguf(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tupl
     if family == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensor_shapes
     return _Reader(config, family).spec()
+
+
+def _kind(slides: bool) -> AttentionKind:
+    return "sliding" if slides else "full"
 
 
 def _gguf_eos(metadata: Mapping[str, Any]) -> list[int]:

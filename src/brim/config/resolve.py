@@ -81,9 +81,7 @@ def nearest_hint(key: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
-def resolve(
-    flags: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: str | None = None
-) -> BrimConfig:
+def resolve(flags: Mapping[str, Any], environment: Mapping[str, str] | None = None, config_file: str | None = None) -> BrimConfig:
     """The configuration from its sources. `flags` holds only what was given (None means not given).
 
     Raises ConfigError for unknown keys, wrong types and values out of range.
@@ -110,8 +108,7 @@ def resolve(
         if name not in values and (f.default is not MISSING or f.default_factory is not MISSING):
             sources[name] = "default"
     sections = {
-        section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        for section, cls in _SECTIONS.items()
+        section: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for section, cls in _SECTIONS.items()
     }
     return BrimConfig(**sections, sources=sources)
 
@@ -194,9 +191,7 @@ def _convert_scalar(key: str, value: Any, choices: list[Any]) -> Any:
     if int in choices:
         return _parse_int(key, value, literals)
     if literals:
-        raise ConfigError(
-            f"{_flag(key)} '{value}' is not one of {', '.join(literals)}{nearest_hint(str(value), literals)}"
-        )
+        raise ConfigError(f"{_flag(key)} '{value}' is not one of {', '.join(literals)}{nearest_hint(str(value), literals)}")
     if not isinstance(value, str):
         raise ConfigError(f"{_flag(key)} must be a text, not {value!r}.")
     return value

@@ -41,9 +41,7 @@ class ModelConfig:
     revision: str | None = None
     load_format: LoadFormat = "auto"
     dtype: Dtype = "auto"
-    max_model_len: int | Literal["auto"] | None = (
-        None  # None: the model's own limit (on a host-memory platform at most 4,096)
-    )
+    max_model_len: int | Literal["auto"] | None = None  # None: the model's own limit (on a host-memory platform at most 4,096)
     chat_template: str | None = None
     served_model_name: tuple[str, ...] = ()
     seed: int = 0

@@ -146,9 +146,7 @@ class Kernels(ABC):
         to kv_cache[num_blocks, 2, B, K, D] (strided view, innermost contiguous) at slot_mapping[T]. q stays in qkv."""
 
     @abstractmethod
-    def attention(
-        self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor
-    ) -> None:
+    def attention(self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
         """Causal paged attention: out[T, H*D] from q[T, H*D] (strided rows) over the cache, grouped heads, optional sliding window
         (batch.window) and logit soft-capping (softcap > 0: softcap * tanh(s / softcap)). Softmax in float32.
         Covers prefill, chunked prefill, decode and mixes of them."""

@@ -54,8 +54,7 @@ class KVLayout:
         for kind, window in (("full", 0), ("sliding", spec.sliding_window)):
             layers = tuple(i for i, k in enumerate(spec.layer_kinds) if k == kind)
             if layers:
-                group_kind: AttentionKind = "sliding" if window else "full"
-                groups.append(KVGroup(group_kind, layers, window, len(layers) * layer_bytes))
+                groups.append(KVGroup(spec.layer_kinds[layers[0]], layers, window, len(layers) * layer_bytes))
         return KVLayout(tuple(groups), block_size, spec.num_kv_heads, spec.head_dim, element_bytes)
 
     @property
@@ -77,8 +76,7 @@ class KVLayout:
         cap, so it is never what stops a request that the full group could hold."""
         whole = ceil_div(num_tokens, self.block_size)
         return tuple(
-            min(whole, self.sliding_cap_blocks(g, max_num_seqs, max_step_tokens)) if g.window else whole
-            for g in self.groups
+            min(whole, self.sliding_cap_blocks(g, max_num_seqs, max_step_tokens)) if g.window else whole for g in self.groups
         )
 
     def blocks_for_budget(self, num_bytes: int, max_num_seqs: int, max_step_tokens: int) -> tuple[int, ...]:
