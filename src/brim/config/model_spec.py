@@ -190,6 +190,7 @@ class _Reader:
         window = int(self._config.get("sliding_window") or (4096 if self._family == "gemma3" else 0))
         if self._family in ("qwen2", "qwen3") and not self._config.get("use_sliding_window", False):
             return ("full",) * num_layers, 0
+        kinds: tuple[AttentionKind, ...]
         named = self._config.get("layer_types")
         if named:
             kinds = tuple(_kind(k == "sliding_attention") for k in named)

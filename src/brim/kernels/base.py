@@ -51,7 +51,7 @@ class AttentionBatch:
       behind are stale and must never be read.
     slot_mapping [T] int64: block * B + offset where each new token's K/V goes; -1 skips (padding).
     query_start [S+1] int32: sequence s owns tokens query_start[s]..query_start[s+1]-1 (its last query_len positions).
-    seq_lens [S] int32: positions after this step, so the query of token j sees positions 0..its own position.
+    seq_lens [S] int32: positions after this step, so the query of token j sees 0..its own position.
     """
 
     block_tables: Tensor
@@ -147,7 +147,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def attention(self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
-        """Causal paged attention: out[T, H*D] from q[T, H*D] (strided rows) over the cache, grouped heads, optional sliding window
+        """Causal paged attention: out[T, H*D] from q[T, H*D] (strided rows) over the cache, grouped heads, optional window
         (batch.window) and logit soft-capping (softcap > 0: softcap * tanh(s / softcap)). Softmax in float32.
         Covers prefill, chunked prefill, decode and mixes of them."""
 
@@ -161,13 +161,14 @@ class Kernels(ABC):
 
     @abstractmethod
     def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
-        """out_ids[R] int64 from logits[R, V] f32 (may be overwritten). Greedy rows: argmax, lowest id on ties. Else softmax(logits /
-        temperature); keep top_k; of those the smallest set whose probability reaches top_p; of those the ones with p >= min_p * max;
+        """out_ids[R] int64 from logits[R, V] f32 (may be overwritten). Greedy rows: argmax, lowest id on ties. Else
+        softmax(logits /
+        temperature); keep top_k; of those the smallest set whose probability reaches top_p; of those with p >= min_p * max;
         then inverse-CDF in id order with the row's uniform number (`uniform_from_seed`)."""
 
     @abstractmethod
     def top_logprobs(
         self, logits: Tensor, chosen: Tensor, out_chosen: Tensor, out_rank: Tensor, out_ids: Tensor, out_values: Tensor
     ) -> None:
-        """Log-softmax statistics of logits[R, V] f32 before temperature: out_chosen[R] f32 the log-probability of chosen[R] int64,
+        """Log-softmax statistics of logits[R, V] f32 before temperature: out_chosen[R] f32 that of chosen[R] int64,
         out_rank[R] int64 its rank (1 = best), out_ids[R, N] int64 and out_values[R, N] f32 the N best in order."""
