@@ -109,7 +109,7 @@ class TorchKernels(Kernels):
         """See the contract. Norm and rotation are computed in float32 and rounded once, at the end."""
         _, _, block_size, kv_heads, head_dim = kv_cache.shape
         heads = qkv[:, : (num_heads + 2 * kv_heads) * head_dim].view(qkv.shape[0], -1, head_dim)
-        q, k, v = heads.split([num_heads, kv_heads, kv_heads], dim=1)
+        q, k, v = heads[:, :num_heads], heads[:, num_heads : num_heads + kv_heads], heads[:, num_heads + kv_heads :]
         q32 = q.float() if q_norm is None else _rms_norm(q, q_norm, eps)
         k32 = k.float() if k_norm is None else _rms_norm(k, k_norm, eps)
         cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, D/2]
@@ -145,7 +145,7 @@ class TorchKernels(Kernels):
             logits_row[ids] -= frequency * counts.float() + presence
 
     def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
-        """See the contract. Values tied with the last one that top_k or top_p keeps are kept too: the set depends on values only."""
+        """See the contract. Values tied with the last one kept by top_k or top_p are kept: the set depends on values only."""
         greedy = _first_argmax(logits)
         if batch.all_greedy:
             out_ids.copy_(greedy)
@@ -198,7 +198,7 @@ def _dense(weight: LinearWeight) -> Tensor:
 
 def _unique(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct values of ids and how often each occurs."""
-    values, counts = torch.unique(ids, return_counts=True)  # type: ignore[no-untyped-call]
+    values, counts = torch.unique(ids, return_counts=True)
     return values, counts
 
 
