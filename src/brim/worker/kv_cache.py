@@ -1,0 +1,53 @@
+"""The KV cache of one device: an arena a KV group and the view of each layer. Owns committing and block copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from brim.memory.arena.base import Arena
+from brim.memory.kv_layout import KVGroup, KVLayout
+
+
+class KVCache:
+    """Arenas in group order. Only the committed prefix of a layer view may be touched."""
+
+    def __init__(
+        self, layout: KVLayout, arenas: Sequence[Arena], make_views: Callable[[Arena, KVLayout, KVGroup], list[Tensor]]
+    ) -> None:
+        self.layout = layout
+        self._arenas = tuple(arenas)
+        views: dict[int, Tensor] = {}
+        for arena, group in zip(self._arenas, layout.groups, strict=True):
+            views.update(zip(group.layers, make_views(arena, layout, group), strict=True))
+        self.layer_views = [views[layer] for layer in sorted(views)]
+
+    @property
+    def committed_blocks(self) -> tuple[int, ...]:
+        """Blocks backed by memory in each group, block 0 included."""
+        return tuple(arena.committed_blocks for arena in self._arenas)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes backed by memory, page or handle rounding included."""
+        return sum(arena.committed_bytes for arena in self._arenas)
+
+    def resize(self, blocks: Sequence[int]) -> tuple[int, ...]:
+        """Back exactly blocks[g] blocks of each group, shrinking before growing; OutOfDeviceMemory leaves what was reached."""
+        pairs = sorted(zip(self._arenas, blocks, strict=True), key=lambda p: p[1] - p[0].committed_blocks)
+        for arena, count in pairs:
+            arena.resize(count)
+        return self.committed_blocks
+
+    def copy_block(self, group: int, source: int, target: int) -> None:
+        """Copy one block of a group over all its layers."""
+        for layer in self.layout.groups[group].layers:
+            view = self.layer_views[layer]
+            view[target].copy_(view[source])
+
+    def close(self) -> None:
+        """Give the memory and the address ranges back; the views must not be used any more."""
+        self.layer_views = []
+        for arena in self._arenas:
+            arena.close()
