@@ -9,8 +9,9 @@ R rows of logits, B block size in tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -83,10 +84,30 @@ class SamplingBatch:
     all_greedy: bool
 
 
+class RecordedProgram(Protocol):
+    """Kernel calls recorded over static buffers, run again as one."""
+
+    def run(self) -> None:
+        """Run all recorded calls; values are read from the buffers each time."""
+
+
 class Kernels(ABC):
     """All compute a model step needs. Outputs are written to the `out` buffers; nothing is returned but views."""
 
     name: str
+    can_record: bool = False
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory the kernels work in, allocated at construction."""
+        return 0
+
+    def record(self) -> AbstractContextManager[RecordedProgram]:
+        """Store the calls made inside instead of running them; only where `can_record`."""
+        raise NotImplementedError(f"{self.name} kernels do not record")
+
+    def close(self) -> None:  # noqa: B027  (nothing to give back is a fine default)
+        """Give threads and scratch memory back."""
 
     # weights
     @abstractmethod

@@ -12,8 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from brim.engine.step import StepPlan, StepResult, TokenLogprobs
+from brim.kernels.base import AttentionBatch, Kernels
 from brim.models.base import Model, StepTensors
 from brim.worker.kv_cache import KVCache
+from brim.worker.programs import DecodePrograms
 from brim.worker.sampler import Sampler, SampleRows, SpecialRow
 from brim.worker.step_inputs import StepArrays, StepInputs
 
@@ -36,6 +38,22 @@ class ModelRunner:
         self._sampler = sampler
         self._buffers = buffers
         self._eos_token_ids = tuple(eos_token_ids)
+        self._programs = DecodePrograms()
+
+    @property
+    def num_programs(self) -> int:
+        """Recorded decode programs."""
+        return len(self._programs)
+
+    def record_decode(self, kernels: Kernels, max_num_seqs: int) -> None:
+        """Record the whole decode step, sampling included, for each batch size whose logits fit the buffer at once."""
+        self._programs.record(kernels, min(max_num_seqs, self._sampler.logit_rows), self._decode_body)
+
+    def _decode_body(self, num_seqs: int, all_greedy: bool) -> None:
+        inputs = self._inputs
+        batches = inputs.batches(num_seqs, num_seqs, 1, inputs.max_model_len)
+        hidden = self._model.forward(self._step_tensors(num_seqs, batches))
+        self._sampler.sample_chunk_all(hidden, inputs.sample_rows[:num_seqs], all_greedy)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a scheduler's step: S sequences, T tokens -> ids of the R sampled rows."""
@@ -43,11 +61,15 @@ class ModelRunner:
             self._cache.copy_block(copy.group, copy.source, copy.target)
         tables = tuple(table[plan.rows] for table in plan.table.block_tables)
         arrays = StepArrays(plan.token_ids, plan.query_lens, plan.start_positions, tables, plan.sample_indices)
-        hidden = self.forward(arrays)
-        prompt_logprobs = {i: self._score_prompt(plan, i, hidden) for i in plan.prompt_logprob_indices}
-        num_rows = len(plan.sample_indices)
         settings = self._settings(plan)
-        logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings) if num_rows else {}
+        num_rows = len(plan.sample_indices)
+        if self._replay(arrays, settings):
+            logprobs, prompt_logprobs = {}, {}
+        else:
+            hidden = self.forward(arrays)
+            prompt_logprobs = {i: self._score_prompt(plan, i, hidden) for i in plan.prompt_logprob_indices}
+            logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings) if num_rows else {}
+        self._sampler.mark_failed(num_rows)
         ids = self._sampler.ids[:num_rows].numpy().copy()
         failed = {int(plan.sample_indices[i]): "the model's output was not finite" for i in np.flatnonzero(ids < 0)}
         return StepResult(plan.step_id, ids, logprobs, prompt_logprobs, failed)
@@ -55,18 +77,34 @@ class ModelRunner:
     def forward(self, arrays: StepArrays) -> Tensor:
         """Hidden states [T, hidden_size] of one step given as arrays."""
         batches = self._inputs.fill(arrays)
-        num_tokens = len(arrays.token_ids)
-        step = StepTensors(
+        return self._model.forward(self._step_tensors(len(arrays.token_ids), batches))
+
+    def _step_tensors(self, num_tokens: int, batches: list[AttentionBatch]) -> StepTensors:
+        return StepTensors(
             ids=self._inputs.ids[:num_tokens],
             positions=self._inputs.positions[:num_tokens],
             batches=batches,
             kv_caches=self._cache.layer_views,
             buffers=self._buffers,
         )
-        return self._model.forward(step)
+
+    def _replay(self, arrays: StepArrays, settings: SampleRows) -> bool:
+        """Run the step as a recorded program where it is a plain decode of every sequence; False where it is not."""
+        num_seqs = len(arrays.query_lens)
+        if len(arrays.token_ids) != num_seqs or len(arrays.sample_indices) != num_seqs or settings.special:
+            return False
+        program = self._programs.get(num_seqs, not np.any(settings.temperature))
+        if program is None:
+            return False
+        self._inputs.fill(arrays)
+        self._sampler.set_params(settings)
+        program.run()
+        return True
 
     def probe(self, arrays: StepArrays, settings: SampleRows) -> None:
         """Run a fabricated step to its end, sampling included (measure and prove)."""
+        if self._replay(arrays, settings):
+            return
         hidden = self.forward(arrays)
         num_rows = len(arrays.sample_indices)
         self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)

@@ -117,7 +117,7 @@ class Sampler:
 
     def sample(self, hidden: Tensor, rows: Tensor, settings: SampleRows) -> dict[int, TokenLogprobs]:
         """Sample a token for each of hidden[rows[R]]; ids land in `self.ids[:R]`. Returns log-probabilities by row for those who
-        asked (after penalties and biases, before temperature). Rows whose hidden state is not finite get id -1."""
+        asked (after penalties and biases, before temperature)."""
         count = len(rows)
         self._kernels.gather_rows(hidden, rows, self.hidden[:count])
         self.set_params(settings)
@@ -136,10 +136,20 @@ class Sampler:
                 num_best = [wanted.get(index, 0) for index in range(start, stop)]
                 scores = self._score(logits, ids.clamp(min=0), num_best)
                 logprobs.update((i, score) for i, score in enumerate(scores, start) if i in wanted)
+        return logprobs
+
+    def sample_chunk_all(self, hidden: Tensor, rows: Tensor, all_greedy: bool) -> None:
+        """The kernel calls of sampling R <= logit_rows plain rows, and nothing else: what a recorded decode step holds."""
+        count = len(rows)
+        self._kernels.gather_rows(hidden, rows, self.hidden[:count])
+        self._model.logits(self.hidden[:count], self.logits[:count])
+        self._kernels.sample(self.logits[:count], self.params_view(0, count, all_greedy), self.ids[:count])
+
+    def mark_failed(self, count: int) -> None:
+        """Set the ids of rows whose hidden state is not finite to -1."""
         finite = torch.isfinite(self.hidden[:count].sum(dim=-1, dtype=torch.float32))
         if not bool(finite.all()):
             self.ids[:count][~finite] = -1
-        return logprobs
 
     def prompt_logprobs(self, hidden: Tensor, targets: NDArray[np.int64], num_best: int) -> list[TokenLogprobs]:
         """Score targets[n] (the token after each position) against hidden[n, hidden_size], in chunks of logit_rows."""

@@ -45,6 +45,7 @@ class StepInputs:
 
     def __init__(self, limits: StepLimits, layout: KVLayout) -> None:
         self._layout = layout
+        self.max_model_len = limits.max_model_len
         self.max_blocks = ceil_div(limits.max_model_len, layout.block_size)
         seqs, tokens = limits.max_num_seqs, limits.max_num_tokens
         self.ids = torch.zeros(tokens, dtype=torch.int64)
