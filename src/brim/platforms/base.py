@@ -1,0 +1,168 @@
+"""The platform contract: what the rest of Brim may ask of a device. Owns `Platform`, `Capabilities` and `MemoryReading`.
+
+Nobody outside this package asks for a brand: they ask for a capability and take the weaker part where it is missing.
+Torch-free to import; a method that hands out torch objects imports torch itself. Arenas are built by
+`memory.arena.factory` from `capabilities.arena_backend`, because memory sits above platforms.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from brim.config.schema import GraphMode, MemoryKind
+from brim.errors import OutOfDeviceMemory
+from brim.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What the device and its software can do, asked instead of its name."""
+
+    host_memory: bool  # device memory is the host's: page cache, cgroups and MemAvailable apply
+    reserve_commit: bool  # addresses can be reserved and backed later
+    arena_backend: str  # key of memory.arena.factory, or "module:Class" of a third party
+    granularity_bytes: int  # an arena backs whole multiples of this
+    graphs: bool  # steps can be captured and replayed
+    graph_modes: tuple[GraphMode, ...]  # that work here; ("NONE",) without graphs
+    trusted_readings: bool  # free memory moves by what is allocated
+    resettable_peak: bool  # the peak can be measured from a chosen moment on
+    cap_enforced: bool  # the allocator itself refuses to pass the cap
+    over_allocation_kills: bool  # never probe by allocating: the process or the device is lost instead of an error
+    async_tokens: bool  # work is queued; the next step reads sampled ids on the device
+    dtypes: tuple[str, ...]  # computed natively, best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReading:
+    """One reading of the device. total = the least limit that applies to us; others = total - free - ours, at least 0.
+
+    free_bytes: what this process could still take. ours_bytes: what it holds. limit_source: which limit total is.
+    An untrusted reading says why in `reason`; our own account and prove then decide.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    ours_bytes: int
+    others_bytes: int
+    limit_source: str
+    trusted: bool = True
+    reason: str = ""
+
+    @property
+    def reachable_bytes(self) -> int:
+        """The most this process could hold now: what it has plus what is free."""
+        return self.ours_bytes + self.free_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformDefaults:
+    """What a platform chooses for settings left open. max_model_len_cap 0: the model's own limit."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len_cap: int
+    memory: MemoryKind
+    reserve_bytes: int
+    context_bytes: int  # predicted share of libraries and runtime, where it cannot be measured yet
+
+
+class Platform(ABC):
+    """One device as this process sees it. Readings are cheap enough for every step; nothing here is global state."""
+
+    name: str
+    capabilities: Capabilities
+
+    def __init__(self) -> None:
+        self._cap_bytes: int | None = None
+        self._arena_bytes = 0
+
+    @abstractmethod
+    def reading(self) -> MemoryReading:
+        """Total, free, ours and others', now."""
+
+    @abstractmethod
+    def reset_peak(self) -> None:
+        """Start a new measurement of the peak: from now on."""
+
+    @abstractmethod
+    def peak_ours_bytes(self) -> int:
+        """The most this process held since the last reset_peak (or since its start)."""
+
+    @abstractmethod
+    def default_limits(self) -> PlatformDefaults:
+        """Values for the settings the user left open, from the device as it is now."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, object]:
+        """Names, versions and sizes for reports: plain JSON values."""
+
+    def torch_device(self) -> torch.device:
+        """Where tensors live."""
+        import torch
+
+        return torch.device("cpu")
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until queued work is done. Nothing to do where work is not queued."""
+
+    def release_unused(self) -> int:
+        """Make allocators give back what they cache; returns by how many bytes `ours` fell (0 where it did not)."""
+        return 0
+
+    @property
+    def cap_bytes(self) -> int | None:
+        """The cap this process must keep; None until it is set."""
+        return self._cap_bytes
+
+    def set_cap(self, cap_bytes: int) -> None:
+        """The most this process may hold from now on. Platforms whose allocator can enforce it override this."""
+        self._cap_bytes = cap_bytes
+
+    @property
+    def arena_bytes(self) -> int:
+        """Our own account of what arenas hold committed."""
+        return self._arena_bytes
+
+    def account(self, delta_bytes: int) -> None:
+        """An arena is about to take delta_bytes (positive) or has given them back (negative).
+
+        Raises OutOfDeviceMemory, and counts nothing, where taking them would pass the cap or what is free: on a platform
+        whose over-allocation kills, this is the only place where an overshoot is still an error.
+        """
+        if delta_bytes > 0:
+            self.ensure_room(delta_bytes)
+        self._arena_bytes += delta_bytes
+
+    def ensure_room(self, num_bytes: int) -> None:
+        """Raise OutOfDeviceMemory unless num_bytes more would keep the cap and be there."""
+        now = self.reading()
+        room_bytes, limit = now.free_bytes, now.limit_source
+        if self._cap_bytes is not None and self._cap_bytes - now.ours_bytes < room_bytes:
+            room_bytes, limit = max(0, self._cap_bytes - now.ours_bytes), f"cap of {format_bytes(self._cap_bytes)}"
+        if num_bytes > room_bytes:
+            raise OutOfDeviceMemory(
+                f"{format_bytes(num_bytes)} more do not fit: {format_bytes(now.ours_bytes)} are held and the {limit} leaves "
+                f"{format_bytes(room_bytes)}; lower --max-num-seqs or --max-model-len, or raise --memory."
+            )
+
+    def pressure_bytes(self, reserve_bytes: int) -> int:
+        """How far free memory is under the reserve (positive), or how much could be taken again (negative)."""
+        now = self.reading()
+        room_bytes = now.free_bytes - reserve_bytes
+        if self._cap_bytes is not None:
+            room_bytes = min(room_bytes, self._cap_bytes - now.ours_bytes)
+        return -room_bytes
+
+
+def default_reserve_bytes(free_bytes: int) -> int:
+    """What stays free on shared host memory: 5 % of what is available, at least 512 MiB.
+
+    Example: 20 GiB available: 1 GiB.
+    """
+    return max(512 * MIB, free_bytes // 20)
