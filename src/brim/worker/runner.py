@@ -5,12 +5,12 @@ Everything a step needs lives in buffers allocated before; a step allocates noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
 
+from brim.engine.sequence import Sequence
 from brim.engine.step import StepPlan, StepResult, TokenLogprobs
 from brim.kernels.base import AttentionBatch, Kernels
 from brim.models.base import Model, StepTensors
@@ -30,14 +30,12 @@ class ModelRunner:
         inputs: StepInputs,
         sampler: Sampler,
         buffers: Mapping[str, Tensor],
-        eos_token_ids: Sequence[int],
     ) -> None:
         self._model = model
         self._cache = cache
         self._inputs = inputs
         self._sampler = sampler
         self._buffers = buffers
-        self._eos_token_ids = tuple(eos_token_ids)
         self._programs = DecodePrograms()
 
     @property
@@ -120,7 +118,7 @@ class ModelRunner:
 
     def _settings(self, plan: StepPlan) -> SampleRows:
         rows = plan.rows[plan.sample_indices]
-        table: Any = plan.table
+        table = plan.table
         special = []
         for i, index in enumerate(plan.sample_indices.tolist()):
             sequence = plan.sequences[index]
@@ -136,11 +134,10 @@ class ModelRunner:
             special=tuple(special),
         )
 
-    def _special_row(self, index: int, sequence: Any) -> SpecialRow:
+    def _special_row(self, index: int, sequence: Sequence) -> SpecialRow:
         params = sequence.params
         banned: tuple[int, ...] = ()
         if sequence.num_output_tokens < params.min_tokens:
-            banned = (*self._eos_token_ids, *params.stop_token_ids)
+            banned = tuple(sequence.stop_ids)
         prompt = sequence.num_prompt_tokens
-        ids = sequence.token_ids
-        return SpecialRow(index, params, ids[:prompt], ids[prompt : sequence.num_tokens], banned)
+        return SpecialRow(index, params, sequence.token_ids[:prompt], sequence.output_ids, banned)

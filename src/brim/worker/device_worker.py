@@ -1,0 +1,47 @@
+"""The engine's executor on one device: a proven worker that runs steps, resizes its cache and accounts for itself."""
+
+from __future__ import annotations
+
+from brim.engine.step import Executor, StepPlan, StepResult
+from brim.memory.ledger import Ledger
+from brim.worker.phases import ReadyWorker
+
+
+class DeviceWorker(Executor):
+    """Owns a ReadyWorker for as long as it serves."""
+
+    def __init__(self, ready: ReadyWorker, ledger: Ledger, reserve_bytes: int) -> None:
+        warm = ready.committed.captured.measured.warm
+        opened = warm.reserved.loaded.opened
+        self.ready = ready
+        self.ledger = ledger
+        self._reserve_bytes = reserve_bytes
+        self._platform = opened.platform
+        self._kernels = opened.kernels
+        self._cache = warm.reserved.cache
+        self._runner = warm.runner
+        self._closed = False
+
+    @property
+    def committed_blocks(self) -> tuple[int, ...]:
+        """Blocks backed by memory in each KV group, block 0 included."""
+        return self._cache.committed_blocks
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step to its end."""
+        return self._runner.execute(plan)
+
+    def set_committed_blocks(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """Commit or uncommit; what is committed now."""
+        return self._cache.resize(blocks)
+
+    def pressure_bytes(self) -> int:
+        """Bytes the device asks back now (negative: could be taken again)."""
+        return self._platform.pressure_bytes(self._reserve_bytes)
+
+    def close(self) -> None:
+        """Give KV memory, threads and scratch back."""
+        if not self._closed:
+            self._closed = True
+            self._cache.close()
+            self._kernels.close()

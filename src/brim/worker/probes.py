@@ -1,0 +1,84 @@
+"""The worst steps the scheduler can form, fabricated. Owns which steps measure and prove run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from brim.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from brim.worker.sampler import SampleRows, SpecialRow
+from brim.worker.step_inputs import StepArrays, StepLimits
+
+
+def worst_steps(
+    limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int
+) -> Iterator[tuple[str, StepArrays, SampleRows]]:
+    """Name, arrays and sampling of each worst step: the largest prefill at the longest context, and the largest decode batch at
+    the longest context with every sampling feature on. Block tables walk through all committed blocks but 0."""
+    yield ("largest prefill", *_prefill(limits, block_size, blocks, vocab_size))
+    yield ("largest decode batch", *_decode(limits, block_size, blocks, vocab_size))
+
+
+def small_step(limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
+    """One decoding sequence, sampled: enough to bind every kernel."""
+    one = StepLimits(1, 1, min(limits.max_model_len, block_size))
+    return _decode(one, block_size, blocks, vocab_size, width=-(-limits.max_model_len // block_size))
+
+
+def _tables(num_seqs: int, width: int, blocks: Sequence[int]) -> tuple[np.ndarray, ...]:
+    count = num_seqs * width
+    return tuple((np.arange(count) % max(1, n - 1) + min(1, n - 1)).astype(np.int32).reshape(num_seqs, width) for n in blocks)
+
+
+def _prefill(limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
+    num_tokens = min(limits.max_num_tokens, limits.max_model_len)
+    width = -(-limits.max_model_len // block_size)
+    arrays = StepArrays(
+        token_ids=np.arange(num_tokens, dtype=np.int64) % vocab_size,
+        query_lens=np.array([num_tokens], dtype=np.int32),
+        start_positions=np.array([limits.max_model_len - num_tokens], dtype=np.int32),
+        block_tables=_tables(1, width, blocks),
+        sample_indices=np.zeros(1, dtype=np.int32),
+    )
+    return arrays, _rows(1, vocab_size, special=False)
+
+
+def _decode(
+    limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int, width: int | None = None
+) -> tuple[StepArrays, SampleRows]:
+    num_seqs = limits.max_num_seqs
+    width = width or -(-limits.max_model_len // block_size)
+    arrays = StepArrays(
+        token_ids=np.arange(num_seqs, dtype=np.int64) % vocab_size,
+        query_lens=np.ones(num_seqs, dtype=np.int32),
+        start_positions=np.full(num_seqs, limits.max_model_len - 1, dtype=np.int32),
+        block_tables=_tables(num_seqs, width, blocks),
+        sample_indices=np.arange(num_seqs, dtype=np.int32),
+    )
+    return arrays, _rows(num_seqs, vocab_size, special=True)
+
+
+def _rows(num_rows: int, vocab_size: int, special: bool) -> SampleRows:
+    params = SamplingParams(
+        temperature=0.8,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias={0: 1.0},
+        logprobs=MAX_LOGPROBS,
+        max_tokens=None,
+    )
+    history = np.arange(min(64, vocab_size), dtype=np.int64)
+    return SampleRows(
+        temperature=np.full(num_rows, params.temperature, dtype=np.float32),
+        top_k=np.full(num_rows, params.top_k, dtype=np.int32),
+        top_p=np.full(num_rows, params.top_p, dtype=np.float32),
+        min_p=np.full(num_rows, params.min_p, dtype=np.float32),
+        seed=np.arange(num_rows, dtype=np.int64),
+        position=np.zeros(num_rows, dtype=np.int64),
+        special=tuple(SpecialRow(i, params, history, history, (0,)) for i in range(num_rows)) if special else (),
+    )
