@@ -178,7 +178,7 @@ class RefusingLibc:
         self._real, self._failing, self._code, self._times = real, failing, code, times
 
     def __getattr__(self, name: str) -> object:
-            def fail(*args: int) -> int:
+        def fail(*args: int) -> int:
             populate = name != "madvise" or args[2] == 23
             if not populate or self._times <= 0:
                 return int(getattr(self._real, name)(*args))
