@@ -22,7 +22,7 @@ typedef struct {
 } worker;
 
 struct brim_pool {
-    _Alignas(128) _Atomic uint64_t generation; /* one per brim_run; odd values are never used */
+    _Alignas(128) _Atomic uint64_t generation; /* one per brim_run */
     _Alignas(128) _Atomic uint64_t arrived;    /* barrier arrivals ever */
     _Alignas(128) _Atomic uint64_t released;   /* barriers ever completed */
     _Alignas(128) _Atomic int64_t ticket;
@@ -34,7 +34,7 @@ struct brim_pool {
     int64_t num_ops;
     int closing;
     int count;
-    int64_t scratch_bytes, shared_bytes, max_head_dim;
+    int64_t scratch_bytes, shared_bytes;
     char *memory;
     worker workers[MAX_THREADS];
 };
@@ -122,8 +122,6 @@ int brim_run(brim_pool *pool, const brim_op *ops, int64_t count) {
     return 0;
 }
 
-int64_t brim_max_head_dim(const brim_pool *pool) { return pool->max_head_dim; }
-
 static int start_workers(brim_pool *pool) {
     for (int i = 0; i < pool->count; i++) {
         char *scratch = pool->memory + pool->shared_bytes + i * pool->scratch_bytes;
@@ -148,7 +146,7 @@ static void release(brim_pool *pool) {
     free(pool);
 }
 
-brim_pool *brim_open(int threads, int64_t scratch_bytes, int64_t shared_bytes, int64_t max_head_dim) {
+brim_pool *brim_open(int threads, int64_t scratch_bytes, int64_t shared_bytes) {
     brim_pool *pool = NULL;
     if (threads < 1 || threads > MAX_THREADS) return NULL;
     if (posix_memalign((void **)&pool, 128, sizeof *pool)) return NULL;
@@ -156,7 +154,6 @@ brim_pool *brim_open(int threads, int64_t scratch_bytes, int64_t shared_bytes, i
     pool->count = threads;
     pool->scratch_bytes = scratch_bytes;
     pool->shared_bytes = shared_bytes;
-    pool->max_head_dim = max_head_dim;
     size_t total = (size_t)(shared_bytes + threads * scratch_bytes);
     pool->memory = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pool->memory == MAP_FAILED) {

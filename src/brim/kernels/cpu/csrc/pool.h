@@ -9,7 +9,7 @@
 enum { BRIM_POINTERS = 10, BRIM_SIZES = 16, BRIM_REALS = 4 };
 enum brim_dtype { BRIM_F32 = 0, BRIM_F16 = 1, BRIM_BF16 = 2 };
 
-/* One call of one kernel: what each field means is said at the kernel. The Python side packs the same 248 bytes. */
+/* One call of one kernel: what each field means is said at the kernel. The Python side packs the same bytes. */
 typedef struct brim_op {
     int32_t code;
     int32_t dtype;     /* of the main input */
@@ -18,7 +18,6 @@ typedef struct brim_op {
     void *p[BRIM_POINTERS];
     int64_t n[BRIM_SIZES];
     float f[BRIM_REALS];
-    int64_t reserved;
 } brim_op;
 
 typedef struct brim_pool brim_pool;
@@ -45,11 +44,16 @@ static inline void brim_share(const brim_thread *self, int64_t total, int64_t *f
     *last = total * (self->id + 1) / self->count;
 }
 
-/* the entry points that Python binds */
-brim_pool *brim_open(int threads, int64_t scratch_bytes, int64_t shared_bytes, int64_t max_head_dim);
+/* the entry points that Python binds: all else in the library is hidden */
+#pragma GCC visibility push(default)
+brim_pool *brim_open(int threads, int64_t scratch_bytes, int64_t shared_bytes);
 void brim_close(brim_pool *pool);
 int brim_run(brim_pool *pool, const brim_op *ops, int64_t count);
-int64_t brim_max_head_dim(const brim_pool *pool);
+/* bytes of scratch memory for each thread, and for the pool, that the kernels need */
+int64_t brim_scratch_bytes(int64_t max_head_dim);
+int64_t brim_shared_bytes(int64_t max_head_dim);
+int64_t brim_op_bytes(void);
+#pragma GCC visibility pop
 
 /* the kernels, by code; NULL where there is none */
 brim_kernel *brim_kernel_for(int32_t code);

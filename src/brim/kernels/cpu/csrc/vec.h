@@ -52,6 +52,17 @@ INLINE v16f min16(v16f a, v16f b) {
 #endif
 }
 
+/* One bit a lane of a mask. */
+INLINE uint32_t mask_bits(v16i mask) {
+#ifdef __AVX512DQ__
+    return _mm512_movepi32_mask((__m512i)mask);
+#else
+    uint32_t bits = 0;
+    for (int j = 0; j < 16; j++) bits |= (uint32_t)(mask[j] & 1) << j;
+    return bits;
+#endif
+}
+
 /* Horizontal results in a fixed order of lanes: halves folded onto each other. */
 INLINE float hsum(v16f v) {
     float s[16];
