@@ -123,7 +123,7 @@ def test_without_a_compiler_the_reference_is_used(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failing_compiler_is_reported(tmp_path: Path) -> None:
-    result = build(tmp_path, extra_flags=["-Dint64_t=broken"])
+    result = build(tmp_path, extra_flags=["-include", "no-such-header.h"])
     assert result.path is None
     assert result.reason is not None and "error" in result.reason
 

@@ -32,7 +32,12 @@ _FLAGS = [
     "-pthread",
     "-Wno-psabi",
 ]
-_NATIVE_FLAG_SETS = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
+_NATIVE_FLAG_SETS: tuple[list[str], ...] = (
+    ["-march=native", "-mprefer-vector-width=512"],
+    ["-march=native"],
+    ["-mcpu=native"],
+    [],
+)
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 120
 
