@@ -1,0 +1,27 @@
+"""`brim serve`: the OpenAI API over HTTP. Owns the flags; the server itself is `brim.server`'s."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from brim.cli.options import ALL_GROUPS, build_config, with_settings
+
+
+@with_settings(groups=ALL_GROUPS)
+def serve(
+    *,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, a hub id, or demo; or named in --config.")
+    ] = None,
+    settings: dict[str, Any],
+) -> None:
+    """Serve the OpenAI API over HTTP.
+
+    Until SIGTERM or Ctrl-C; requests in flight are finished first.
+    """
+    config = build_config(model, settings)
+    from brim.server.http_server import run_server
+
+    run_server(config)
