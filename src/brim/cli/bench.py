@@ -142,7 +142,6 @@ def suite(
     """
     result = _startup(model, settings, num_iters)
     with _open(model, settings) as llm:
-        result |= {key: value for key, value in _base(llm, model).items() if value is not None}
         result |= _prefill(llm, input_len, num_iters)
         result |= _decode(llm, batch_size, input_len, output_len, num_iters)
         result |= _throughput(llm, num_seqs)
