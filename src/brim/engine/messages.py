@@ -1,4 +1,5 @@
-"""What crosses between a front end (HTTP server, LLM) and the engine core. Owns the message types; msgpack by msgspec, no pickle."""
+"""What crosses between a front end (HTTP server, LLM) and the engine core. Owns the message types: msgpack by msgspec, no
+pickle."""
 
 from __future__ import annotations
 

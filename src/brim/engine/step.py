@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from brim.engine.sequence import Sequence
     from brim.engine.sequence_table import SequenceTable
 
@@ -84,6 +86,18 @@ class Executor(ABC):
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end. Raises OutOfDeviceMemory (the guard may shrink and retry), DeviceLost, or others."""
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Start one step; the returned call waits for its result. The plan's rows of the table are read before this returns.
+
+        Steps run in the order of submission. This default runs the step at once; a device with a queue overrides it, so
+        that the host plans step n+1 while n runs (pipeline_depth 2)."""
+        result = self.execute(plan)
+        return lambda: result
+
+    @abstractmethod
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy KV blocks now, between steps; sources and targets are disjoint. Needs no memory (the guard shrinks with it)."""
 
     @abstractmethod
     def set_committed_blocks(self, blocks: tuple[int, ...]) -> tuple[int, ...]:

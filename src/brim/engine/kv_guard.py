@@ -1,0 +1,106 @@
+"""Keeps the KV cache within what the device can spare while serving. Owns shrinking, growing back, and when; not the steps.
+
+    a step is out of memory          relieve(): give back 1/16 of the cache, twice as much each time it happens again
+    the device asks for bytes back   adjust(), every `check_interval_steps`: give back that much
+    the device has bytes to spare    adjust(): take back up to what was committed at the start
+
+After a step was out of memory nothing is taken back for a while; the pause doubles each time it happens again.
+"""
+
+from __future__ import annotations
+
+from brim.engine.scheduler import Scheduler
+from brim.engine.step import Executor
+from brim.errors import OutOfDeviceMemory
+
+_FIRST_SHARE = 16
+_LONGEST_PAUSE_CHECKS = 64
+
+
+class KVGuard:
+    """Between scheduler and executor; every call needs an empty pipeline."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, *, check_interval_steps: int = 64) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._layout = scheduler.blocks.layout
+        self._interval_steps = check_interval_steps
+        self._steps_to_check = check_interval_steps
+        self._pause_checks = 0
+        self._next_pause_checks = 1
+        self._share = _FIRST_SHARE
+        self.num_shrinks = 0
+        self.num_grows = 0
+
+    @property
+    def is_due(self) -> bool:
+        """True where `adjust` should be called before the next step is planned."""
+        return self._steps_to_check <= 0
+
+    def note_step(self) -> None:
+        """A step went well."""
+        self._steps_to_check -= 1
+        self._share = _FIRST_SHARE
+
+    def relieve(self) -> bool:
+        """A step was out of memory: give blocks back. False where nothing more can be given."""
+        committed_bytes = self._committed_bytes()
+        wanted = max(self._executor.pressure_bytes(), committed_bytes // self._share)
+        self._share = max(2, self._share // 2)
+        self._pause_checks = self._next_pause_checks
+        self._next_pause_checks = min(2 * self._next_pause_checks, _LONGEST_PAUSE_CHECKS)
+        return self._shrink(wanted)
+
+    def adjust(self) -> None:
+        """Follow the device's pressure, either way."""
+        self._steps_to_check = self._interval_steps
+        pressure_bytes = self._executor.pressure_bytes()
+        if pressure_bytes > 0:
+            self._shrink(pressure_bytes)
+        elif self._pause_checks:
+            self._pause_checks -= 1
+        elif pressure_bytes < 0:
+            self._grow(-pressure_bytes)
+
+    def grow_now(self) -> bool:
+        """Take back what the device can spare, pause or not: a sequence cannot go on without. True where blocks were gained."""
+        pressure_bytes = self._executor.pressure_bytes()
+        return pressure_bytes < 0 and self._grow(-pressure_bytes)
+
+    def _committed_bytes(self) -> int:
+        return self._layout.bytes_for(self._scheduler.blocks.num_blocks)
+
+    def _shrink(self, num_bytes: int) -> bool:
+        """Each group gives its share of num_bytes, at least one block; live blocks move down or their sequences are preempted."""
+        before = self._scheduler.blocks.num_blocks
+        before_bytes = self._layout.bytes_for(before)
+        left_bytes = max(0, before_bytes - num_bytes)
+        targets = tuple(max(2, min(count - 1, count * left_bytes // before_bytes)) for count in before)
+        copies = self._scheduler.resize(targets)
+        self._executor.copy_blocks(copies)
+        reached = self._scheduler.blocks.num_blocks
+        committed = self._executor.set_committed_blocks(reached)
+        assert all(c >= r for c, r in zip(committed, reached, strict=True)), "the executor dropped blocks that are in use"
+        self._scheduler.resize(tuple(min(pair) for pair in zip(committed, before, strict=True)))  # it may keep more: larger units
+        self.num_shrinks += 1
+        return self._committed_bytes() < before_bytes
+
+    def _grow(self, num_bytes: int) -> bool:
+        """Each group takes its share of num_bytes, up to its capacity."""
+        pools = self._scheduler.blocks.pools
+        before = self._scheduler.blocks.num_blocks
+        missing_bytes = self._layout.bytes_for(tuple(pool.capacity - pool.num_blocks for pool in pools))
+        if not missing_bytes:
+            return False
+        share_bytes = min(num_bytes, missing_bytes)
+        targets = tuple(p.num_blocks + (p.capacity - p.num_blocks) * share_bytes // missing_bytes for p in pools)
+        if targets == before:
+            return False
+        try:
+            committed = self._executor.set_committed_blocks(targets)
+        except OutOfDeviceMemory:
+            self._executor.set_committed_blocks(before)
+            return False
+        self._scheduler.resize(tuple(min(p.capacity, count) for p, count in zip(pools, committed, strict=True)))
+        self.num_grows += 1
+        return self._scheduler.blocks.num_blocks != before
