@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from brim.engine.step import Executor, StepPlan, StepResult
+from collections.abc import Iterable
+
+from brim.engine.step import BlockCopy, Executor, StepPlan, StepResult
 from brim.memory.ledger import Ledger
 from brim.worker.phases import ReadyWorker
 
@@ -11,7 +13,7 @@ class DeviceWorker(Executor):
     """Owns a ReadyWorker for as long as it serves."""
 
     def __init__(self, ready: ReadyWorker, ledger: Ledger, reserve_bytes: int) -> None:
-        warm = ready.committed.captured.measured.warm
+        warm = ready.warm
         opened = warm.reserved.loaded.opened
         self.ready = ready
         self.ledger = ledger
@@ -30,6 +32,11 @@ class DeviceWorker(Executor):
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
         return self._runner.execute(plan)
+
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy KV blocks between steps."""
+        for copy in copies:
+            self._cache.copy_block(copy.group, copy.source, copy.target)
 
     def set_committed_blocks(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Commit or uncommit; what is committed now."""

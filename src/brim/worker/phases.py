@@ -8,60 +8,74 @@ Owns what happens in each phase. How much fits is arithmetic of `memory`; what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from brim.config.model_spec import ModelSpec
+from brim.engine.messages import StartupProgress
 from brim.errors import MemoryBudgetError
 from brim.kernels.base import Kernels
 from brim.memory.arena.factory import new_arenas
 from brim.memory.arena.view import group_views
+from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVLayout
-from brim.memory.ledger import LedgerLine
+from brim.memory.ledger import Category
+from brim.memory.plan import MemoryPlan
+from brim.memory.profiling import PhaseScope, Profiler
 from brim.memory.workspace import WorkspacePlan, plan_workspace
 from brim.models.base import Model
-from brim.platforms.base import MemoryReading, Platform
+from brim.platforms.base import Platform
 from brim.units import format_bytes
 from brim.worker.kv_cache import KVCache
 from brim.worker.probes import small_step, worst_steps
-from brim.worker.recorder import PhaseRecorder
 from brim.worker.runner import ModelRunner
 from brim.worker.sampler import Sampler
-from brim.worker.step_inputs import StepInputs, StepLimits
+from brim.worker.step_inputs import StepInputs
 
 MAX_PROOFS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartSettings:
-    """What start-up builds, decided before it begins. kv_blocks: blocks a group as planned; None: all that the cap leaves.
-
-    min_blocks: the fewest blocks a group that still serve one full-length request. heap_bytes: set aside for requests.
-    """
+    """What start-up builds, decided before it begins. heap_bytes: set aside for what requests take in this process's heap."""
 
     spec: ModelSpec
     dtype: torch.dtype
-    limits: StepLimits
-    layout: KVLayout
-    cap_bytes: int
-    kv_blocks: tuple[int, ...] | None
-    min_blocks: tuple[int, ...]
+    plan: MemoryPlan
     heap_bytes: int
     record_programs: bool
+
+    @property
+    def limits(self) -> StepLimits:
+        """The largest step."""
+        return self.plan.limits
+
+    @property
+    def layout(self) -> KVLayout:
+        """How KV blocks are laid out."""
+        return self.plan.split.layout
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedDevice:
-    """A device that answered, its first reading, and the settings the plan found to fit."""
+    """A device that answered, what it read before and after our context existed, and settings that were found to fit."""
 
     platform: Platform
     kernels: Kernels
     settings: StartSettings
-    recorder: PhaseRecorder
-    baseline: MemoryReading
+    profiler: Profiler
+    on_progress: Callable[[StartupProgress], None]
+
+    @contextmanager
+    def phase(self, name: str, text: str, rest: Category, owner: str) -> Iterator[PhaseScope]:
+        """Measure one phase and tell the user; measured bytes beyond the computed ones go to `rest`."""
+        self.on_progress(StartupProgress(name, text))
+        with self.profiler.phase(name, rest, owner) as scope:
+            yield scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +111,6 @@ class MeasuredWorker:
     """The worst steps ran; transient_bytes is what they took beyond what stayed."""
 
     warm: WarmWorker
-    held_bytes: int
     transient_bytes: int
 
 
@@ -111,10 +124,10 @@ class CapturedWorker:
 
 @dataclass(frozen=True, slots=True)
 class CommittedWorker:
-    """KV blocks took what the cap left."""
+    """KV blocks took what the cap left. plan: the plan settled by what was measured."""
 
     captured: CapturedWorker
-    blocks: tuple[int, ...]
+    plan: MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +135,22 @@ class ReadyWorker:
     """Proven: the worst steps ran over the committed cache within the cap. peak_bytes is the proof's high-water mark."""
 
     committed: CommittedWorker
-    blocks: tuple[int, ...]
+    plan: MemoryPlan
     held_bytes: int
     peak_bytes: int
-    lines: tuple[LedgerLine, ...]
+
+    @property
+    def warm(self) -> WarmWorker:
+        """The runner and its buffers."""
+        return self.committed.captured.measured.warm
 
 
-def load(opened: OpenedDevice, load_model: Callable[[PhaseRecorder], Model]) -> LoadedModel:
+def load(opened: OpenedDevice, load_model: Callable[[], Model]) -> LoadedModel:
     """Stream the weights in; `load_model` knows the files."""
-    with opened.recorder.phase("load", "reading weights"):
-        model = load_model(opened.recorder)
+    with opened.phase("load", "reading weights", "context", "runtime, grown while loading") as scope:
+        model = load_model()
+        scope.add("weights", "model", model.weight_bytes)
+        scope.add("buffers", "rotary tables", model.table_bytes)
         opened.platform.release_unused()
     return LoadedModel(opened, model)
 
@@ -140,13 +159,13 @@ def reserve(loaded: LoadedModel) -> ReservedWorker:
     """Reserve the addresses of the largest cache the cap could ever hold, commit the fewest blocks."""
     opened = loaded.opened
     settings = opened.settings
-    with opened.recorder.phase("reserve", "reserving addresses for the KV cache"):
+    with opened.phase("reserve", "reserving addresses for the KV cache", "context", "page tables and views") as scope:
         if opened.platform.capabilities.reserve_commit:
-            most = settings.kv_blocks or _blocks_for(settings, settings.cap_bytes)
-            cache = _new_cache(opened, tuple(max(pair) for pair in zip(most, settings.min_blocks, strict=True)))
-            cache.resize(settings.min_blocks)
+            cache = _new_cache(opened, settings.plan.max_blocks)
+            cache.resize(settings.plan.min_blocks)
         else:
-            cache = _new_cache(opened, settings.min_blocks)
+            cache = _new_cache(opened, settings.plan.min_blocks)
+        scope.add("kv_cache", "KV cache", cache.committed_bytes)
     return ReservedWorker(loaded, cache)
 
 
@@ -154,13 +173,16 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
     """Allocate and touch every static buffer, then run one small step so that everything lazy has happened."""
     opened = reserved.loaded.opened
     settings, model = opened.settings, reserved.loaded.model
-    with opened.recorder.phase("warm", "binding kernels and buffers"):
+    with opened.phase("warm", "binding kernels and buffers", "activations", "kernels and libraries") as scope:
         inputs = StepInputs(settings.limits, settings.layout)
         sampler = Sampler(opened.kernels, model, settings.limits.max_num_seqs)
         plan = plan_workspace([shape.spec(settings.limits.max_num_tokens) for shape in model.buffer_shapes()])
         workspace = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=opened.platform.torch_device())
         buffers = _buffer_views(model, settings.limits.max_num_tokens, plan, workspace)
         runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers)
+        scope.add("buffers", "step inputs", inputs.num_bytes)
+        scope.add("buffers", "sampler", sampler.num_bytes)
+        scope.add("workspace", "step workspace", plan.num_bytes)
         blocks = reserved.cache.committed_blocks
         runner.probe(*small_step(settings.limits, settings.layout.block_size, blocks, settings.spec.vocab_size))
     return WarmWorker(reserved, runner, inputs, sampler, workspace, plan)
@@ -169,11 +191,10 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
 def measure(worker: WarmWorker) -> MeasuredWorker:
     """Really run the worst steps; what they took beyond what stays is charged as transient."""
     opened = worker.reserved.loaded.opened
-    with opened.recorder.phase("measure", "running the worst steps"):
-        _run_worst_steps(worker, opened)
+    with opened.phase("measure", "running the worst steps", "activations", "what the worst steps left"):
+        _run_worst_steps(worker, opened, "measure")
         opened.platform.release_unused()
-    record = opened.recorder.records[-1]
-    return MeasuredWorker(worker, record.held_bytes, max(0, record.peak_bytes - record.held_bytes))
+    return MeasuredWorker(worker, opened.profiler.records[-1].transient_bytes)
 
 
 def capture(measured: MeasuredWorker) -> CapturedWorker:
@@ -181,10 +202,10 @@ def capture(measured: MeasuredWorker) -> CapturedWorker:
     worker = measured.warm
     opened = worker.reserved.loaded.opened
     settings = opened.settings
-    with opened.recorder.phase("capture", "recording decode programs"):
+    with opened.phase("capture", "recording decode programs", "graphs", "recorded decode programs"):
         if settings.record_programs:
             worker.runner.record_decode(opened.kernels, settings.limits.max_num_seqs)
-    return CapturedWorker(measured, max(0, opened.recorder.records[-1].delta_bytes))
+    return CapturedWorker(measured, opened.profiler.records[-1].change.ours_bytes)
 
 
 def commit(captured: CapturedWorker) -> CommittedWorker:
@@ -193,66 +214,56 @@ def commit(captured: CapturedWorker) -> CommittedWorker:
     Raises MemoryBudgetError where not even one full-length request is left room for.
     """
     measured = captured.measured
-    worker = measured.warm
-    opened, cache = worker.reserved.loaded.opened, worker.reserved.cache
+    opened, cache = measured.warm.reserved.loaded.opened, measured.warm.reserved.cache
     settings = opened.settings
-    with opened.recorder.phase("commit", "committing KV blocks"):
-        held = opened.platform.reading().ours_bytes - cache.committed_bytes
-        room = settings.cap_bytes - held - max(measured.transient_bytes, settings.heap_bytes)
-        rounding = len(settings.layout.groups) * opened.platform.capabilities.granularity_bytes
-        blocks = _blocks_for(settings, max(0, room - rounding))
-        if settings.kv_blocks is not None:
-            blocks = tuple(min(pair) for pair in zip(blocks, settings.kv_blocks, strict=True))
-        _require(blocks, settings, room)
-        if opened.platform.capabilities.reserve_commit:
-            blocks = cache.resize(blocks)
-    return CommittedWorker(captured, blocks)
+    with opened.phase("commit", "committing KV blocks", "context", "page tables and views") as scope:
+        before_bytes = cache.committed_bytes
+        held = opened.platform.reading().ours_bytes - before_bytes
+        plan = settings.plan.settle(held + max(measured.transient_bytes, settings.heap_bytes))
+        opened.platform.set_cap(plan.cap_bytes)
+        cache.resize(plan.kv_blocks)
+        scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
+    return CommittedWorker(captured, plan)
 
 
-def prove(committed: CommittedWorker, ledger_lines: Callable[[CommittedWorker, int], Sequence[LedgerLine]]) -> ReadyWorker:
-    """Run the worst steps over the committed cache; while the peak passes the cap, uncommit the difference and prove again."""
-    worker = committed.captured.measured.warm
+def prove(committed: CommittedWorker) -> ReadyWorker:
+    """Run the worst steps over the committed cache; while the peak passes the cap, uncommit the difference and prove again.
+
+    Raises MemoryBudgetError where no cache that serves one request keeps the cap.
+    """
+    worker, plan = committed.captured.measured.warm, committed.plan
     opened, cache = worker.reserved.loaded.opened, worker.reserved.cache
-    settings = opened.settings
+    heap_bytes = opened.settings.heap_bytes
     for _ in range(MAX_PROOFS):
-        with opened.recorder.phase("prove", "proving the worst steps over the committed cache"):
-            _run_worst_steps(worker, opened)
+        with opened.phase(
+            "prove", "proving the worst steps over the committed cache", "unattributed", "grown while proving"
+        ) as scope:
+            before_bytes = cache.committed_bytes
+            if before_bytes != plan.kv_bytes:
+                cache.resize(plan.kv_blocks)
+                scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
+            _run_worst_steps(worker, opened, "prove")
             opened.platform.release_unused()
-        record = opened.recorder.records[-1]
-        over = max(record.peak_bytes, record.held_bytes + settings.heap_bytes) - settings.cap_bytes
+        record = opened.profiler.records[-1]
+        held_bytes = record.after.reading.ours_bytes
+        over = max(record.peak_ours_bytes, held_bytes + heap_bytes) - plan.ceiling_bytes
         if over <= 0:
-            lines = tuple(ledger_lines(committed, record.held_bytes))
-            return ReadyWorker(committed, cache.committed_blocks, record.held_bytes, record.peak_bytes, lines)
-        blocks = _blocks_for(settings, cache.committed_bytes - over)
-        _require(blocks, settings, cache.committed_bytes - over)
-        cache.resize(blocks)
+            kept = replace(plan, cap_bytes=max(plan.cap_bytes, record.peak_ours_bytes))
+            opened.platform.set_cap(kept.cap_bytes)
+            return ReadyWorker(committed, kept, held_bytes, record.peak_ours_bytes)
+        plan = plan.settle(plan.ceiling_bytes - cache.committed_bytes + over)
     raise MemoryBudgetError(
-        f"The worst steps still pass the cap of {format_bytes(settings.cap_bytes)} after {MAX_PROOFS} proofs; raise --memory."
+        f"The worst steps still pass the cap of {format_bytes(plan.ceiling_bytes)} after {MAX_PROOFS} proofs; raise --memory."
     )
 
 
-def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice) -> None:
+def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice, phase: str) -> None:
     settings = opened.settings
     blocks = worker.reserved.cache.committed_blocks
     for name, arrays, rows in worst_steps(settings.limits, settings.layout.block_size, blocks, settings.spec.vocab_size):
-        opened.recorder.progress(name, None)
+        opened.on_progress(StartupProgress(phase, name))
         worker.runner.probe(arrays, rows)
     opened.platform.synchronize()
-
-
-def _blocks_for(settings: StartSettings, num_bytes: int) -> tuple[int, ...]:
-    limits = settings.limits
-    return settings.layout.blocks_for_budget(num_bytes, limits.max_num_seqs, limits.max_num_tokens)
-
-
-def _require(blocks: Sequence[int], settings: StartSettings, room_bytes: int) -> None:
-    if all(have >= need for have, need in zip(blocks, settings.min_blocks, strict=True)):
-        return
-    need_bytes = settings.layout.bytes_for(settings.min_blocks)
-    raise MemoryBudgetError(
-        f"The KV cache of one request of {settings.limits.max_model_len} tokens takes {format_bytes(need_bytes)}, but the cap of "
-        f"{format_bytes(settings.cap_bytes)} leaves {format_bytes(max(0, room_bytes))}; raise --memory or lower --max-model-len."
-    )
 
 
 def _new_cache(opened: OpenedDevice, blocks: Sequence[int]) -> KVCache:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from brim.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from brim.memory.footprint import StepLimits
 from brim.worker.sampler import SampleRows, SpecialRow
-from brim.worker.step_inputs import StepArrays, StepLimits
+from brim.worker.step_inputs import StepArrays
 
 
 def worst_steps(

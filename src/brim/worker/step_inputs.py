@@ -12,17 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from brim.kernels.base import AttentionBatch
+from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVLayout
 from brim.units import ceil_div
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """The largest step the scheduler may ever form: sequences, tokens, positions a sequence can have."""
-
-    max_num_seqs: int
-    max_num_tokens: int
-    max_model_len: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVGroup, KVLayout
-from brim.worker.step_inputs import StepArrays, StepInputs, StepLimits
+from brim.worker.step_inputs import StepArrays, StepInputs
 
 LIMITS = StepLimits(max_num_seqs=6, max_num_tokens=96, max_model_len=128)
 LAYOUT = KVLayout(
