@@ -17,8 +17,10 @@ DEMO_CONFIG = {
     "sliding_window": 512,
 }
 
+DEMO_SPEC = spec_from_hf_config(DEMO_CONFIG)
+
 
 @pytest.fixture
 def demo_spec() -> ModelSpec:
     """Gemma 3 270M: 3 full layers, 15 sliding."""
-    return spec_from_hf_config(DEMO_CONFIG)
+    return DEMO_SPEC
