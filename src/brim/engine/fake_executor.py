@@ -29,8 +29,8 @@ _NO_POSITION = -7
 class FakeExecutor(Executor):
     """`faults[k]` is raised by the k-th step executed (from 0), after it has scribbled over the slots it should have written.
 
-    `pressure` is what `pressure_bytes` answers; `unit_blocks` > 1 makes uncommitting stop at multiples of it, as large handles do;
-    `committable` limits what can be committed at all.
+    `pressure` is what `pressure_bytes` answers; `unit_blocks` > 1 makes uncommitting stop at multiples of it, as large
+    handles do.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class FakeExecutor(Executor):
         chain: list[int] = []
         output: list[int] = []
         for token in prompt_ids:
-            chain.append(((chain[-1] if chain else 0) * _R + (token + 1) * 1) & _MASK)
+            chain.append(((chain[-1] if chain else 0) * _R + token + 1) & _MASK)
         while len(chain) < max_total_tokens:
             mixed = 0
             for group in self.layout.groups:
