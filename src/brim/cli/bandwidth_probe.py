@@ -18,7 +18,7 @@ def main() -> int:
     device, num_threads, buffer_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(num_threads)
     source = torch.ones(buffer_bytes // 8, dtype=torch.int64, device=device)
-    target = torch.empty_like(source) if device != "cpu" else None
+    target = None if source.is_cpu else torch.empty_like(source)
     best_s = float("inf")
     for _ in range(READS):
         started = time.perf_counter()
