@@ -3,9 +3,9 @@
 
 #include <math.h>
 
-enum { SLICE = 8192, MOST_PARTS = 4096, SUM_BLOCK = 1024, BITMAP_IDS = 1 << 20 };
+enum { SLICE = 8192, MOST_PARTS = 4096, SUM_BLOCK = 256, MOST_BLOCKS = 16384, BITMAP_IDS = 1 << 20 };
 
-int64_t brim_sample_scratch(void) { return (int64_t)sizeof(brim_histogram) + BITMAP_IDS / 8; }
+int64_t brim_sample_scratch(void) { return (int64_t)sizeof(brim_histogram) + MOST_BLOCKS * 4 + BITMAP_IDS / 8; }
 int64_t brim_sample_shared(void) { return MOST_PARTS * 16; }
 
 typedef struct {
@@ -66,85 +66,97 @@ static uint64_t splitmix64(uint64_t state) {
     return z ^ z >> 31;
 }
 
-/* row = exp((row - max) / temperature); returns the sum. */
-static double to_weights(float *row, int64_t n, float max, float temperature) {
+/* p = exp((p - max) / temperature), with the largest of each block; returns the sum. */
+static double to_weights(brim_weights *w, float max, float temperature) {
     double total = 0.0;
     v16f inverse = splat(1.0f / temperature), top = splat(max);
-    for (int64_t i = 0; i < n; i += SUM_BLOCK) {
-        v16f sum = splat(0.0f);
-        for (int64_t j = i; j < n && j < i + SUM_BLOCK; j += 16) {
-            v16f w = exp16((load_upto(BRIM_F32, row, j, n - j) - top) * inverse);
-            store_upto(BRIM_F32, row, j, n - j, w);
-            if (n - j < 16) w = choose(lanes() < splati((int32_t)(n - j)), w, splat(0.0f));
-            sum = sum + w;
+    for (int64_t first = 0, b = 0; first < w->n; first += w->block, b++) {
+        v16f sum = splat(0.0f), most = splat(0.0f);
+        int64_t i = first, end = brim_block_end(w, first);
+        for (; i + 16 <= end; i += 16) {
+            v16f x = exp16((loadf(w->p + i) - top) * inverse);
+            storef(w->p + i, x);
+            sum = sum + x;
+            most = max16(most, x);
         }
+        if (i < end) {
+            v16f x = exp16((load_part(BRIM_F32, w->p, i, end - i) - top) * inverse);
+            x = choose(lanes() < splati((int32_t)(end - i)), x, splat(0.0f));
+            store_part(BRIM_F32, w->p, i, end - i, x);
+            sum = sum + x;
+            most = max16(most, x);
+        }
+        w->largest[b] = hmax(most);
         total += (double)hsum(sum);
     }
     return total;
 }
 
-/* Sum of the weights >= threshold in one block. */
-static double block_sum(const float *row, int64_t n, float threshold) {
+/* Sum of the weights >= threshold in the block at `first`. */
+static double block_sum(const brim_weights *w, int64_t first, float threshold) {
     v16f sum = splat(0.0f), limit = splat(threshold);
-    for (int64_t j = 0; j < n; j += 16) {
-        v16f w = load_upto(BRIM_F32, row, j, n - j);
-        sum = sum + choose(w >= limit, w, splat(0.0f));
+    int64_t end = brim_block_end(w, first);
+    if (w->largest[first / w->block] < threshold) return 0.0;
+    for (int64_t i = first; i < end; i += 16) {
+        v16f x = load_upto(BRIM_F32, w->p, i, end - i);
+        sum = sum + choose(x >= limit, x, splat(0.0f));
     }
     return (double)hsum(sum);
 }
-static double sum_from(const float *row, int64_t n, float threshold) {
+static double sum_from(const brim_weights *w, float threshold) {
     double total = 0.0;
-    for (int64_t i = 0; i < n; i += SUM_BLOCK) total += block_sum(row + i, n - i < SUM_BLOCK ? n - i : SUM_BLOCK, threshold);
+    for (int64_t i = 0; i < w->n; i += w->block) total += block_sum(w, i, threshold);
     return total;
 }
 
-/* The first id at which the running sum of kept weights passes target. */
-static int64_t invert(const float *row, int64_t n, float threshold, double target) {
-    double total = 0.0;
-    int64_t last = 0;
-    for (int64_t i = 0; i < n; i += SUM_BLOCK) {
-        int64_t m = n - i < SUM_BLOCK ? n - i : SUM_BLOCK;
-        double here = block_sum(row + i, m, threshold);
-        if (here <= 0.0) continue;
-        int crossing = total + here > target;
-        double running = total;
-        for (int64_t j = i; crossing && j < i + m; j++) {
-            if (row[j] < threshold) continue;
-            running += (double)row[j];
-            last = j;
-            if (running > target) return j;
-        }
-        if (crossing) return last; /* the two sums of a block differ by rounding only */
-        total += here;
-        for (int64_t j = i + m - 1; j >= i; j--)
-            if (row[j] >= threshold) {
-                last = j;
-                break;
-            }
+/* The first id in the block at `first` at which the running sum passes target, else the last kept id there. */
+static int64_t invert_block(const brim_weights *w, int64_t first, float threshold, double running, double target) {
+    int64_t last = first;
+    for (int64_t i = first, end = brim_block_end(w, first); i < end; i++) {
+        if (w->p[i] < threshold || w->p[i] <= 0.0f) continue;
+        running += (double)w->p[i];
+        last = i;
+        if (running > target) break;
     }
     return last;
 }
 
-static int64_t draw(const brim_op *op, float *row, int64_t r, brim_histogram *h) {
+static int64_t invert(const brim_weights *w, float threshold, double target) {
+    double total = 0.0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < w->n; i += w->block) {
+        double here = block_sum(w, i, threshold);
+        if (here <= 0.0) continue;
+        last = i;
+        if (total + here > target) break;
+        total += here;
+    }
+    return invert_block(w, last, threshold, total, target);
+}
+
+static int64_t draw(const brim_op *op, float *row, int64_t r, char *scratch) {
     float temperature = ((const float *)op->p[1])[r], top_p = ((const float *)op->p[4])[r], min_p = ((const float *)op->p[5])[r];
     int64_t vocab = op->n[1], top_k = ((const int32_t *)op->p[3])[r];
     best b = largest(row, 0, vocab);
     if (!(temperature > 0.0f)) return b.id;
-    double mass = to_weights(row, vocab, b.value, temperature);
+    brim_histogram *h = (brim_histogram *)scratch;
+    int64_t block = (vocab + MOST_BLOCKS - 1) / MOST_BLOCKS;
+    brim_weights w = {row, vocab, block < SUM_BLOCK ? SUM_BLOCK : (block + 15) / 16 * 16, (float *)(h + 1)};
+    double mass = to_weights(&w, b.value, temperature);
     float threshold = 0.0f;
     if (top_k > 0 && top_k < vocab) {
-        threshold = brim_kth_largest(row, vocab, top_k, h);
-        mass = sum_from(row, vocab, threshold);
+        threshold = brim_kth_largest(&w, top_k, h);
+        mass = sum_from(&w, threshold);
     }
     if (top_p < 1.0f) {
-        float nucleus = brim_nucleus(row, vocab, threshold, (double)top_p * mass, h);
+        float nucleus = brim_nucleus(&w, threshold, (double)top_p * mass, h);
         threshold = nucleus > threshold ? nucleus : threshold;
     }
     threshold = min_p > threshold ? min_p : threshold;
-    if (threshold > 0.0f) mass = sum_from(row, vocab, threshold);
+    if (threshold > 0.0f) mass = sum_from(&w, threshold);
     uint64_t seed = (uint64_t)((const int64_t *)op->p[6])[r], position = (uint64_t)((const int64_t *)op->p[7])[r];
     float uniform = (float)(splitmix64(splitmix64(seed) + position) >> 40) * 0x1p-24f;
-    return invert(row, vocab, threshold, (double)uniform * mass);
+    return invert(&w, threshold, (double)uniform * mass);
 }
 
 /* p: logits, temperature f32, out ids int64, top_k int32, top_p f32, min_p f32, seed int64, position int64;
@@ -152,7 +164,7 @@ static int64_t draw(const brim_op *op, float *row, int64_t r, brim_histogram *h)
 void brim_sample(const brim_op *op, brim_thread *self) {
     int64_t *out = op->p[2];
     for (int64_t r = brim_ticket(self); r < op->n[0]; r = brim_ticket(self))
-        out[r] = draw(op, (float *)op->p[0] + r * op->n[2], r, (brim_histogram *)self->scratch);
+        out[r] = draw(op, (float *)op->p[0] + r * op->n[2], r, self->scratch);
 }
 
 /* Keep the `width` best of the row in ids and values, best first, equal values by id. */

@@ -13,8 +13,20 @@ typedef struct {
     double sum[RADIX];
 } brim_histogram;
 
-/* The k-th largest of n floats in [0, 1]. */
-float brim_kth_largest(const float *p, int64_t n, int64_t k, brim_histogram *h);
+/* A row of unnormalised probabilities in [0, 1] with the largest of each block: blocks with nothing above a threshold, which
+ * are most, are passed by in every later pass. */
+typedef struct {
+    float *p;
+    int64_t n, block; /* block is a multiple of 16 */
+    float *largest;   /* [ceil(n / block)] */
+} brim_weights;
+
+static inline int64_t brim_block_end(const brim_weights *w, int64_t first) {
+    return first + w->block < w->n ? first + w->block : w->n;
+}
+
+/* The k-th largest. */
+float brim_kth_largest(const brim_weights *w, int64_t k, brim_histogram *h);
 /* The largest t such that the values >= t sum to at least `needed`; values below `floor` do not count. */
-float brim_nucleus(const float *p, int64_t n, float floor, double needed, brim_histogram *h);
+float brim_nucleus(const brim_weights *w, float floor, double needed, brim_histogram *h);
 #endif

@@ -38,58 +38,64 @@ INLINE void step_bf16(const brim_tile *t, int rows, int groups, v16f acc[TILE_RO
     }
 }
 
-INLINE void tile_bf16(const brim_tile *t, int rows, int groups) {
-    v16f acc[TILE_ROWS][4];
+/* `lines` cache lines of what comes next are asked for at each step: a constant 0, 1, 2 or 4. */
+INLINE void fetch(const char *ahead, int lines) {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + i * 64, 0, 2);
+}
+INLINE int lines_of(const brim_tile *t) { return !t->prefetch ? 0 : t->stride <= 64 ? 1 : t->stride <= 128 ? 2 : 4; }
+
+INLINE void sweep_bf16(const brim_tile *t, int rows, int groups, int lines, v16f acc[TILE_ROWS][4]) {
     const uint16_t *w = t->w;
     const char *ahead = t->prefetch;
-    load_acc(t, rows, groups, acc);
     int64_t pairs = t->depth / 2;
-    if (ahead) {
-        for (int64_t pair = 0; pair < pairs; pair++) {
-            if (rows == 1) {
-                for (int g = 0; g < groups; g++) __builtin_prefetch(ahead + g * 64, 0, 2);
-            } else {
-                __builtin_prefetch(ahead, 0, 2);
-                if (rows <= 4) __builtin_prefetch(ahead + 64, 0, 2);
-            }
-            ahead += t->stride;
-            step_bf16(t, rows, groups, acc, w + pair * groups * 32, pair, 0);
-        }
-    } else {
-        for (int64_t pair = 0; pair < pairs; pair++) step_bf16(t, rows, groups, acc, w + pair * groups * 32, pair, 0);
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        fetch(ahead, lines);
+        if (lines) ahead += t->stride;
+        step_bf16(t, rows, groups, acc, w + pair * groups * 32, pair, 0);
     }
     if (t->depth & 1) step_bf16(t, rows, groups, acc, w + pairs * groups * 32, pairs, 1);
-    store_acc(t, rows, groups, acc);
 }
 
-INLINE void tile_plain(const brim_tile *t, int dtype, int rows, int groups) {
-    v16f acc[TILE_ROWS][4];
+INLINE void sweep_plain(const brim_tile *t, int dtype, int rows, int groups, int lines, v16f acc[TILE_ROWS][4]) {
     const char *ahead = t->prefetch;
-    load_acc(t, rows, groups, acc);
     for (int64_t k = 0; k < t->depth; k++) {
         v16f columns[4];
-        if (ahead) {
-            __builtin_prefetch(ahead, 0, 2);
-            if (rows == 1 && dtype == BRIM_F32) {
-                for (int g = 1; g < groups; g++) __builtin_prefetch(ahead + g * 64, 0, 2);
-            } else {
-                __builtin_prefetch(ahead + 64, 0, 2);
-            }
-            ahead += t->stride;
-        }
+        fetch(ahead, lines);
+        if (lines) ahead += t->stride;
         for (int g = 0; g < groups; g++) columns[g] = load16(dtype, t->w, (k * groups + g) * 16);
         for (int r = 0; r < rows; r++) {
             v16f x = splat(load1(dtype, t->x, r * t->ldx + k));
             for (int g = 0; g < groups; g++) acc[r][g] = FMA16(columns[g], x, acc[r][g]);
         }
     }
+}
+
+INLINE void sweep(const brim_tile *t, int dtype, int rows, int groups, int lines, v16f acc[TILE_ROWS][4]) {
+    if (dtype == BRIM_BF16)
+        sweep_bf16(t, rows, groups, lines, acc);
+    else
+        sweep_plain(t, dtype, rows, groups, lines, acc);
+}
+
+INLINE void run_tile(const brim_tile *t, int dtype, int rows, int groups) {
+    v16f acc[TILE_ROWS][4];
+    int lines = lines_of(t);
+    load_acc(t, rows, groups, acc);
+    if (lines == 0)
+        sweep(t, dtype, rows, groups, 0, acc);
+    else if (lines == 1)
+        sweep(t, dtype, rows, groups, 1, acc);
+    else if (lines == 2 || groups < 4)
+        sweep(t, dtype, rows, groups, 2, acc);
+    else
+        sweep(t, dtype, rows, groups, 4, acc);
     store_acc(t, rows, groups, acc);
 }
 
-#define DEFINE(r, g)                                                                  \
-    static void bf16_##r##_##g(const brim_tile *t) { tile_bf16(t, r, g); }            \
-    static void f16_##r##_##g(const brim_tile *t) { tile_plain(t, BRIM_F16, r, g); }  \
-    static void f32_##r##_##g(const brim_tile *t) { tile_plain(t, BRIM_F32, r, g); }
+#define DEFINE(r, g)                                                                \
+    static void bf16_##r##_##g(const brim_tile *t) { run_tile(t, BRIM_BF16, r, g); } \
+    static void f16_##r##_##g(const brim_tile *t) { run_tile(t, BRIM_F16, r, g); }   \
+    static void f32_##r##_##g(const brim_tile *t) { run_tile(t, BRIM_F32, r, g); }
 #define DEFINE_ROW(r) DEFINE(r, 1) DEFINE(r, 2) DEFINE(r, 3) DEFINE(r, 4)
 #define NAMES(type, r) {type##_##r##_1, type##_##r##_2, type##_##r##_3, type##_##r##_4}
 
