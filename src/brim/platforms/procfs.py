@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+_FIELD = re.compile(r"^(\w+):[ \t]*([0-9]+) kB$", re.MULTILINE)
 
 
 class ProcFiles:
@@ -60,17 +63,12 @@ class ProcFiles:
 def read_text(path: Path) -> str | None:
     """The file's text, or None where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            return file.read().decode("utf-8", errors="replace")
     except OSError:
         return None
 
 
 def _fields(text: str | None) -> dict[str, int]:
     """`Name:  123 kB` lines in bytes; lines of another form are skipped."""
-    found: dict[str, int] = {}
-    for line in (text or "").splitlines():
-        key, _, value = line.partition(":")
-        parts = value.split()
-        if len(parts) == 2 and parts[1] == "kB" and parts[0].isdecimal():
-            found[key.strip()] = int(parts[0]) * 1024
-    return found
+    return {key: int(value) * 1024 for key, value in _FIELD.findall(text or "")}
