@@ -24,7 +24,7 @@ class PositionScores(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a request, all its sequences together; the prompt counts once. cached: prompt tokens found in the prefix cache."""
+    """Tokens of a request, all its sequences together; the prompt counts once. cached: prompt tokens from the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -24,6 +24,7 @@ from brim.engine.step import Executor, StepPlan, StepResult
 from brim.errors import DeviceLost, EngineError, OutOfDeviceMemory, RequestError
 
 _MASK = (1 << 64) - 1
+_PLAIN_RETRIES = 2  # of a step that is out of memory when the KV cache can give nothing more
 
 
 def draw_seed(engine_seed: int, counter: int) -> int:
@@ -119,14 +120,16 @@ class EngineCore:
     def step(self) -> list[SequenceOutput]:
         """Advance by one step: keep the pipeline full, settle its oldest step, return what the sequences got."""
         outputs, self._replies = self._replies, []
+        retries = 0
         while True:
             failing: list[StepPlan] = []
             try:
                 settled = self._advance(failing)
             except OutOfDeviceMemory as error:
                 self._num_out_of_memory += 1
+                retries += 1
                 self._cancel_all()
-                if self.guard.relieve():
+                if self.guard.relieve() or retries <= _PLAIN_RETRIES:
                     continue
                 outputs += self._fail_step(failing, error)
                 return outputs

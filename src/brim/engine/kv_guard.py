@@ -4,6 +4,7 @@
     the device asks for bytes back   adjust(), every `check_interval_steps`: give back that much
     the device has bytes to spare    adjust(): take back up to what was committed at the start
 
+The cache never goes below what the longest unfinished sequence needs alone, so no request is lost to it.
 After a step was out of memory nothing is taken back for a while; the pause doubles each time it happens again.
 """
 
@@ -75,7 +76,11 @@ class KVGuard:
         before = self._scheduler.blocks.num_blocks
         before_bytes = self._layout.bytes_for(before)
         left_bytes = max(0, before_bytes - num_bytes)
-        targets = tuple(max(2, min(count - 1, count * left_bytes // before_bytes)) for count in before)
+        wanted = (min(count - 1, count * left_bytes // before_bytes) for count in before)
+        floor = self._scheduler.least_blocks()
+        targets = tuple(min(b, max(2, w, f)) for b, w, f in zip(before, wanted, floor, strict=True))
+        if targets == before:
+            return False
         copies = self._scheduler.resize(targets)
         self._executor.copy_blocks(copies)
         reached = self._scheduler.blocks.num_blocks
