@@ -1,0 +1,151 @@
+"""Weights from files into a model, tensor by tensor. Owns streaming, checking and dummy weights.
+
+At most one chunk of a tensor is held beside the model: read, convert or dequantise, store, release the file's pages. So the
+host's peak stays within CHUNK_BYTES (and the file pages of one chunk) of the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brim.errors import BrokenModel, UnsupportedModel
+from brim.formats.gguf import GGUFTensor
+from brim.formats.safetensors_file import SafetensorsTensor
+from brim.formats.weight_file import TensorInfo, WeightSource
+from brim.kernels.base import Kernels
+from brim.kernels.dequantize import NativeDequantizer, dequantize, row_bytes
+from brim.models.decoder import DecoderModel
+from brim.models.slots import Slot, build_slots, slot_name
+from brim.units import round_up
+
+CHUNK_BYTES = 8 << 20
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+Progress = Callable[[str, float | None], None]
+
+
+def load_weights(model: DecoderModel, source: WeightSource, kernels: Kernels, on_progress: Progress) -> None:
+    """Fill every slot of the model exactly once from `source`; closes nothing.
+
+    Raises BrokenModel naming missing, unexpected, repeated or wrong-shaped tensors; UnsupportedModel for storage types.
+    """
+    names = list(source.names())
+    is_gguf = bool(names) and isinstance(source.info(names[0]), GGUFTensor)
+    slots = build_slots(model.weights, model.spec, is_gguf=is_gguf)
+    targets = _match(names, slots, source, model, is_gguf=is_gguf)
+    total = sum(source.info(name).num_bytes for name, _ in targets) or 1
+    done = 0
+    native = kernels if hasattr(kernels, "dequantize_rows") else None
+    for name, slot in targets:
+        info = source.info(name)
+        for first_row, rows in _row_chunks(source, info, slot, native):
+            _store(slot, first_row, rows)
+            source.release(name)
+        done += info.num_bytes
+        on_progress(name, done / total)
+
+
+def fill_dummy(model: DecoderModel, on_progress: Progress, seed: int = 0) -> None:
+    """Random weights of standard deviation 0.02 (norms 1, biases 0): one random chunk, reused from shifting offsets."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(1 << 21, generator=generator).mul_(0.02).to(model.dtype)
+    slots = build_slots(model.weights, model.spec, is_gguf=True)
+    for index, slot in enumerate(slots.values()):
+        if slot.vector is not None:
+            slot.vector.fill_(1.0 if "norm" in slot.name else 0.0)
+            continue
+        chunk_rows = max(1, min(slot.rows, (len(pool) // 2) // slot.cols))
+        for first_row in range(0, slot.rows, chunk_rows):
+            count = min(chunk_rows, slot.rows - first_row)
+            start = (index * 7919 + first_row * 31) % (len(pool) - count * slot.cols + 1)
+            _store(slot, first_row, pool[start : start + count * slot.cols].view(count, slot.cols))
+        on_progress(slot.name, (index + 1) / len(slots))
+
+
+def _match(
+    names: list[str], slots: dict[str, Slot], source: WeightSource, model: DecoderModel, *, is_gguf: bool
+) -> list[tuple[str, Slot]]:
+    """Pairs of stored name and slot, every slot once."""
+    found: dict[str, tuple[str, Slot]] = {}
+    for name in names:
+        ours = slot_name(name, model.spec, is_gguf=is_gguf)
+        if ours is None:
+            continue
+        slot = slots.get(ours)
+        if slot is None:
+            raise BrokenModel(f"Tensor '{name}' does not belong to a {model.spec.family} model of this config; check the files.")
+        if ours in found:
+            raise BrokenModel(f"Tensors '{found[ours][0]}' and '{name}' both hold {ours}; download the model again.")
+        shape = tuple(source.info(name).shape)
+        if shape != slot.shape:
+            raise BrokenModel(f"Tensor '{name}' has shape {list(shape)}, the config says {list(slot.shape)}; check the files.")
+        found[ours] = (name, slot)
+    missing = sorted(set(slots) - set(found))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise BrokenModel(f"The files lack {', '.join(missing[:3])}{more}; download the model again.")
+    return list(found.values())
+
+
+def _row_chunks(
+    source: WeightSource, info: TensorInfo, slot: Slot, native: NativeDequantizer | None
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [n, cols]) over one stored tensor, heads of permuted tensors kept whole."""
+    raw = np.frombuffer(source.tensor_bytes(info.name), dtype=np.uint8)
+    rows, cols = (slot.rows, slot.cols) if slot.matrix is not None else (1, slot.rows)
+    unit = rows // slot.permuted_heads if slot.permuted_heads and slot.matrix is not None else 1
+    step = min(rows, round_up(max(1, CHUNK_BYTES // (4 * cols)), unit))
+    read = _gguf_reader(info, cols, native) if isinstance(info, GGUFTensor) else _plain_reader(info, cols)
+    for first_row in range(0, rows, step):
+        count = min(step, rows - first_row)
+        chunk = read(raw, first_row, count)
+        if slot.permuted_heads:
+            chunk = _unpermute(chunk, slot, count)
+        yield first_row, chunk
+
+
+def _gguf_reader(info: GGUFTensor, cols: int, native: NativeDequantizer | None) -> Callable[[np.ndarray, int, int], Tensor]:
+    kind = int(info.ggml_type)
+    stride = row_bytes(kind, cols)
+
+    def read(raw: np.ndarray, first_row: int, count: int) -> Tensor:
+        out = torch.empty(count, cols, dtype=torch.float32)
+        dequantize(raw[first_row * stride : (first_row + count) * stride], kind, count, cols, out, native)
+        return out
+
+    return read
+
+
+def _plain_reader(info: TensorInfo, cols: int) -> Callable[[np.ndarray, int, int], Tensor]:
+    assert isinstance(info, SafetensorsTensor)
+    dtype = _TORCH_DTYPES.get(info.dtype)
+    if dtype is None:
+        raise UnsupportedModel(f"Tensor '{info.name}' is stored as {info.dtype}; Brim reads {', '.join(_TORCH_DTYPES)}.")
+    stride = cols * dtype.itemsize
+
+    def read(raw: np.ndarray, first_row: int, count: int) -> Tensor:
+        staging = torch.empty(count * stride, dtype=torch.uint8)
+        staging.numpy()[:] = raw[first_row * stride : (first_row + count) * stride]
+        return staging.view(dtype).view(count, cols)
+
+    return read
+
+
+def _unpermute(chunk: Tensor, slot: Slot, count: int) -> Tensor:
+    """Undo GGUF's interleaving of rotary halves: stored row 2j + h of a head is row h * D/2 + j."""
+    head_dim = slot.rows // slot.permuted_heads
+    if slot.vector is not None:
+        return chunk.view(-1, head_dim // 2, 2).transpose(1, 2).reshape(1, -1)
+    return chunk.view(count // head_dim, head_dim // 2, 2, -1).transpose(1, 2).reshape(count, -1)
+
+
+def _store(slot: Slot, first_row: int, rows: Tensor) -> None:
+    if slot.matrix is not None:
+        slot.matrix.load_rows(slot.first_row + first_row, rows)
+    elif slot.vector is not None:
+        slot.vector.copy_(rows[0])
+        if slot.plus_one:
+            slot.vector.add_(1.0)
