@@ -124,7 +124,7 @@ class EngineCore:
         while True:
             failing: list[StepPlan] = []
             try:
-                settled = self._advance(failing)
+                settled = self._advance(failing, alone=retries > 0)
             except OutOfDeviceMemory as error:
                 self._num_out_of_memory += 1
                 retries += 1
@@ -149,13 +149,17 @@ class EngineCore:
             if not self.guard.grow_now():
                 return outputs + self._fail_stuck()
 
-    def _advance(self, failing: list[StepPlan]) -> tuple[StepPlan, StepResult] | None:
-        """Plan and submit while the pipeline has room, then wait for the oldest step. `failing` gets the plan being worked on."""
+    def _advance(self, failing: list[StepPlan], *, alone: bool) -> tuple[StepPlan, StepResult] | None:
+        """Plan and submit while the pipeline has room, then wait for the oldest step. `failing` gets the plan being worked on.
+
+        alone: one step only, so that what failed ahead of a good step does not cancel that one again and again."""
         if self.guard.is_due and not self._in_flight:
             self.guard.adjust()
         while not self.guard.is_due and (plan := self.scheduler.schedule()) is not None:
             failing[:] = [plan]
             self._in_flight.append((plan, self.executor.submit(plan)))
+            if alone:
+                break
         if not self._in_flight:
             return None
         plan, wait = self._in_flight[0]
@@ -220,6 +224,11 @@ class EngineCore:
             "num_kv_grows": self.guard.num_grows,
             "draining": self._draining,
         }
+
+    def memory(self) -> dict[str, Any]:
+        """What `/memory` and `LLM.memory()` give: the executor's account with the KV cache as it is now."""
+        report = self.executor.memory_report()
+        return {**report, "kv": {**report.get("kv", {}), **self.memory_stats()}}
 
     def memory_stats(self) -> dict[str, Any]:
         """The KV cache by state, a group a row, in blocks, tokens and bytes; block 0 of each group is in committed_bytes only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +106,10 @@ class Executor(ABC):
     @abstractmethod
     def pressure_bytes(self) -> int:
         """How many bytes the device asks us to give back now (0: none; negative: that many could be taken again)."""
+
+    def memory_report(self) -> dict[str, Any]:
+        """The device's account: cap_bytes, ledger, kv, phases (see memory.report); empty where there is none."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from brim.engine.step import BlockCopy, Executor, StepPlan, StepResult
 from brim.memory.ledger import Ledger
+from brim.memory.report import format_start, report_json
 from brim.worker.phases import ReadyWorker
 
 
 class DeviceWorker(Executor):
     """Owns a ReadyWorker for as long as it serves."""
 
-    def __init__(self, ready: ReadyWorker, ledger: Ledger, reserve_bytes: int) -> None:
+    def __init__(self, ready: ReadyWorker, ledger: Ledger) -> None:
         warm = ready.warm
         opened = warm.reserved.loaded.opened
         self.ready = ready
         self.ledger = ledger
-        self._reserve_bytes = reserve_bytes
+        self._reserve_bytes = ready.plan.budget.reserve_bytes
         self._platform = opened.platform
+        self._profiler = opened.profiler
         self._kernels = opened.kernels
         self._cache = warm.reserved.cache
         self._runner = warm.runner
@@ -45,6 +48,17 @@ class DeviceWorker(Executor):
     def pressure_bytes(self) -> int:
         """Bytes the device asks back now (negative: could be taken again)."""
         return self._platform.pressure_bytes(self._reserve_bytes)
+
+    def memory_report(self) -> dict[str, Any]:
+        """The account after prove with its phases, and what is held now."""
+        report = report_json(self.ready.plan, self.ledger, self._profiler.records)
+        report["resident_bytes"] = self._platform.reading().ours_bytes
+        report["peak_bytes"] = self._platform.peak_ours_bytes()
+        return report
+
+    def startup_report(self) -> str:
+        """Phases, ledger and KV size as plain text of 80 columns."""
+        return format_start(self.ready.plan, self.ledger, self._profiler.records)
 
     def close(self) -> None:
         """Give KV memory, threads and scratch back."""

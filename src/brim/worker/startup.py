@@ -1,0 +1,200 @@
+"""From settings to a proven worker: the plan first, then the phases in order. Owns how defaults are filled and what the
+footprint before KV is made of; the arithmetic is `memory`'s and each phase is `phases`'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from brim.config.model_source import ModelSource
+from brim.config.schema import BrimConfig, MemoryRequest
+from brim.engine.messages import StartupProgress
+from brim.errors import ConfigError
+from brim.kernels.base import Kernels
+from brim.layers.weights import weights_num_bytes
+from brim.memory.footprint import Footprint, StepLimits, fixed_lines, rotary_table_bytes
+from brim.memory.kv_layout import KVLayout
+from brim.memory.ledger import Ledger, LedgerLine
+from brim.memory.planner import PlanRequest, make_plan
+from brim.memory.profiling import Profiler
+from brim.memory.workspace import plan_workspace
+from brim.models.decoder import DecoderModel, decoder_buffer_shapes
+from brim.models.loader import CHUNK_BYTES, fill_dummy, load_weights
+from brim.platforms.base import Platform, PlatformDefaults
+from brim.units import MIB, ceil_div
+from brim.worker.device_worker import DeviceWorker
+from brim.worker.phases import (
+    OpenedDevice,
+    ReadyWorker,
+    StartSettings,
+    capture,
+    commit,
+    load,
+    measure,
+    prove,
+    reserve,
+    warm,
+)
+from brim.worker.sampler import Sampler
+from brim.worker.step_inputs import StepInputs
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_HEAP_BYTES = 16 * MIB
+_HEAP_BYTES_PER_TOKEN = 48  # a prompt as a list of ints, its int64 buffer, its hashes
+_HEAP_TOKENS = 1 << 18
+
+
+def start_worker(
+    config: BrimConfig,
+    platform: Platform,
+    make_kernels: Callable[[], Kernels],
+    source: ModelSource,
+    on_progress: Callable[[StartupProgress], None],
+) -> DeviceWorker:
+    """Plan, then open -> load -> reserve -> warm -> measure -> capture -> commit -> prove.
+
+    Raises MemoryBudgetError with ledger and nearest settings before anything large is read, where the plan does not fit.
+    """
+    profiler = Profiler(platform)
+    before_bytes = platform.reading().ours_bytes
+    on_progress(StartupProgress("open", "reading the device"))
+    with profiler.phase("open", "context", "kernels and their scratch"):
+        kernels = make_kernels()
+        settings = plan_start(config, platform, kernels, source)
+        platform.set_cap(settings.plan.ceiling_bytes)
+    opened = OpenedDevice(platform, kernels, settings, profiler, on_progress)
+    model_device = platform.torch_device()
+
+    def load_model() -> DecoderModel:
+        def progress(text: str, fraction: float | None) -> None:
+            on_progress(StartupProgress("load", text, fraction))
+
+        model = DecoderModel(source.spec, kernels, settings.dtype, settings.limits.max_model_len, model_device)
+        if source.weights is None:
+            fill_dummy(model, progress, config.model.seed)
+        else:
+            load_weights(model, source.weights, kernels, progress)
+        source.close()
+        return model
+
+    ready = prove(commit(capture(measure(warm(reserve(load(opened, load_model)))))))
+    return DeviceWorker(ready, _final_ledger(ready, before_bytes))
+
+
+def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source: ModelSource) -> StartSettings:
+    """Defaults filled in, the plan made. Raises MemoryBudgetError, ConfigError."""
+    spec, defaults = source.spec, platform.default_limits()
+    dtype = resolve_dtype(config, platform, spec.stored_dtype)
+    num_seqs, num_tokens = _step_sizes(config, defaults)
+    layout = KVLayout.of(spec, config.memory.block_size, dtype.itemsize)
+    given_reserve = config.memory.reserve_bytes
+    plan = make_plan(
+        PlanRequest(
+            memory=config.memory.memory or MemoryRequest(defaults.memory),
+            reading=platform.reading(),
+            reserve_bytes=defaults.reserve_bytes if given_reserve is None else given_reserve,
+            reserve_given=given_reserve is not None,
+            layout=layout,
+            footprint=_footprint(source, platform, kernels, dtype, layout),
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_tokens,
+            max_model_len=_model_len(config, defaults, spec.max_position),
+            model_max_len=spec.max_position,
+            granularity_bytes=platform.capabilities.granularity_bytes,
+        )
+    )
+    if not config.scheduler.enable_chunked_prefill and plan.limits.max_model_len > num_tokens:
+        raise ConfigError(
+            f"Without chunked prefill --max-num-batched-tokens {num_tokens} must hold a whole prompt; "
+            f"raise it to {plan.limits.max_model_len} or lower --max-model-len."
+        )
+    record = kernels.can_record and not spec.logit_softcap and not config.device.enforce_eager
+    return StartSettings(
+        spec=spec,
+        dtype=dtype,
+        plan=plan,
+        heap_bytes=_heap_bytes(plan.limits, layout) if platform.capabilities.host_memory else 0,
+        record_programs=record and config.device.graph_mode != "NONE",
+    )
+
+
+def resolve_dtype(config: BrimConfig, platform: Platform, stored: str) -> torch.dtype:
+    """The dtype asked for; "auto": the one stored, where the platform computes it, else the platform's best."""
+    native = platform.capabilities.dtypes
+    name = config.model.dtype
+    if name == "auto":
+        name = stored if stored in native else native[0]  # type: ignore[assignment]
+    return _DTYPES[name]
+
+
+def _step_sizes(config: BrimConfig, defaults: PlatformDefaults) -> tuple[int, int]:
+    num_seqs = config.scheduler.max_num_seqs or defaults.max_num_seqs
+    num_tokens = config.scheduler.max_num_batched_tokens or max(num_seqs, defaults.max_num_batched_tokens)
+    if num_tokens < num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {num_tokens} is less than --max-num-seqs {num_seqs}: a step holds one token of every "
+            "running sequence. Raise the first or lower the second."
+        )
+    return num_seqs, num_tokens
+
+
+def _model_len(config: BrimConfig, defaults: PlatformDefaults, max_position: int) -> int | Literal["auto"]:
+    asked = config.model.max_model_len
+    if asked is None:
+        return min(max_position, defaults.max_model_len_cap or max_position)
+    if asked != "auto" and asked > max_position:
+        raise ConfigError(f"--max-model-len {asked} is more than the model's own limit of {max_position}; lower it.")
+    return asked
+
+
+def _heap_bytes(limits: StepLimits, layout: KVLayout) -> int:
+    """Set aside for what requests take in the interpreter's heap: token lists and buffers, block tables, messages."""
+    tokens = min(limits.max_num_seqs * limits.max_model_len, _HEAP_TOKENS)
+    tables = len(layout.groups) * limits.max_num_seqs * ceil_div(limits.max_model_len, layout.block_size) * 4
+    return _HEAP_BYTES + tables + tokens * _HEAP_BYTES_PER_TOKEN
+
+
+def _footprint(source: ModelSource, platform: Platform, kernels: Kernels, dtype: torch.dtype, layout: KVLayout) -> Footprint:
+    """Everything but KV, from the arithmetic of the very objects that will be built."""
+    spec = source.spec
+    context_bytes = platform.reading().ours_bytes
+    fixed = fixed_lines(context_bytes=context_bytes, weight_bytes=weights_num_bytes(spec, kernels, dtype))
+
+    def lines_for(limits: StepLimits) -> list[LedgerLine]:
+        workspace = plan_workspace([shape.spec(limits.max_num_tokens) for shape in decoder_buffer_shapes(spec, dtype)])
+        inputs = StepInputs.bytes_for(limits, len(layout.groups), layout.block_size)
+        sampler = Sampler.bytes_for(limits.max_num_seqs, spec.vocab_size, spec.hidden_size, dtype.itemsize)
+        lines = [
+            LedgerLine("buffers", "rotary tables", rotary_table_bytes(spec, limits.max_model_len), "computed"),
+            LedgerLine("buffers", "step inputs", inputs, "computed"),
+            LedgerLine("buffers", "sampler", sampler, "computed"),
+            LedgerLine("workspace", "step workspace", workspace.num_bytes, "computed"),
+        ]
+        if platform.capabilities.host_memory:
+            lines.append(LedgerLine("buffers", "set aside for requests", _heap_bytes(limits, layout), "predicted"))
+        return lines
+
+    return Footprint(fixed=fixed, lines_for=lines_for, load_transient_bytes=3 * CHUNK_BYTES)
+
+
+def _final_ledger(ready: ReadyWorker, context_bytes: int) -> Ledger:
+    """The account after prove: one line an owner, what the phases measured and computed, and what is not ours."""
+    opened = ready.warm.reserved.loaded.opened
+    lines = [LedgerLine("context", "interpreter and libraries", context_bytes, "measured"), *opened.profiler.lines]
+    if opened.settings.heap_bytes:
+        lines.append(LedgerLine("buffers", "set aside for requests", opened.settings.heap_bytes, "predicted"))
+    reading = opened.platform.reading()
+    reserve_bytes = min(ready.plan.budget.reserve_bytes, reading.free_bytes)
+    lines.append(LedgerLine("other_processes", "other processes", reading.others_bytes, "measured"))
+    lines.append(LedgerLine("reserve", "reserve", reserve_bytes, "computed"))
+    lines.append(LedgerLine("free", "free", reading.free_bytes - reserve_bytes, "measured"))
+    merged: dict[tuple[str, str], LedgerLine] = {}
+    for line in lines:
+        key = (line.category, line.owner)
+        known = merged.get(key)
+        num_bytes = line.num_bytes + (known.num_bytes if known else 0)
+        merged[key] = LedgerLine(line.category, line.owner, num_bytes, line.known_by)
+    kept = tuple(line for line in merged.values() if line.num_bytes)
+    return Ledger(ready.plan.cap_bytes, reading.total_bytes, kept)
