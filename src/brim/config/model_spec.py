@@ -189,7 +189,7 @@ class _Reader:
         num_layers = self._count("num_hidden_layers")
         window = int(self._config.get("sliding_window") or (4096 if self._family == "gemma3" else 0))
         if self._family in ("qwen2", "qwen3") and not self._config.get("use_sliding_window", False):
-            return ("full",) * num_layers, 0
+            return (_kind(False),) * num_layers, 0
         kinds: tuple[AttentionKind, ...]
         named = self._config.get("layer_types")
         if named:

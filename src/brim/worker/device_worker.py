@@ -32,6 +32,11 @@ class DeviceWorker(Executor):
         """Blocks backed by memory in each KV group, block 0 included."""
         return self._cache.committed_blocks
 
+    @property
+    def num_programs(self) -> int:
+        """Recorded decode programs."""
+        return self._runner.num_programs
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
         return self._runner.execute(plan)

@@ -50,6 +50,7 @@ class CpuKernels(Kernels):
     """
 
     name = "cpu"
+    can_record = True
 
     def __init__(self, library_path: Path, num_threads: int | None = None, max_head_dim: int = 256) -> None:
         self.num_threads = num_threads or len(os.sched_getaffinity(0))

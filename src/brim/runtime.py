@@ -1,0 +1,91 @@
+"""The composition root: builds the engine from a configuration. The only place that knows all its parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from brim.config.model_source import open_model
+from brim.config.schema import BrimConfig
+from brim.engine.block_manager import BlockManager
+from brim.engine.core import EngineCore
+from brim.engine.limits import EngineLimits
+from brim.engine.messages import StartupProgress
+from brim.engine.scheduler import Scheduler
+from brim.engine.sequence_table import SequenceTable
+from brim.kernels.base import Kernels
+from brim.kernels.select import KernelSelection, select_kernels
+from brim.platforms.base import Platform
+from brim.platforms.detect import detect
+from brim.worker.device_worker import DeviceWorker
+from brim.worker.startup import start_worker
+
+
+def build_engine_core(config: BrimConfig, on_progress: Callable[[StartupProgress], None]) -> tuple[EngineCore, dict[str, Any]]:
+    """An engine that is ready to serve, and what to say of it (plain JSON values).
+
+    Raises BrimError: the model cannot be used, it does not fit, or the device fails.
+    """
+    started = time.perf_counter()
+    platform = detect(config.device.device)
+    source = open_model(config.model)
+    selections: list[KernelSelection] = []
+
+    def make_kernels() -> Kernels:
+        native = config.device.kernels != "torch"
+        selection = select_kernels(platform.torch_device(), config.device.num_threads, source.spec.head_dim, native)
+        selections.append(selection)
+        return selection.kernels
+
+    worker = start_worker(config, platform, make_kernels, source, on_progress)
+    plan = worker.ready.plan
+    limits = EngineLimits(
+        max_num_seqs=plan.limits.max_num_seqs,
+        max_num_batched_tokens=plan.limits.max_num_tokens,
+        max_model_len=plan.limits.max_model_len,
+        enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+    )
+    layout = plan.split.layout
+    table = SequenceTable(limits.max_num_seqs, limits.max_model_len, layout)
+    caching = config.memory.enable_prefix_caching
+    blocks = BlockManager(layout, worker.committed_blocks, table, enable_prefix_caching=caching)
+    core = EngineCore(
+        Scheduler(limits, blocks, table),
+        worker,
+        vocab_size=source.spec.vocab_size,
+        eos_token_ids=source.eos_token_ids,
+        seed=config.model.seed,
+    )
+    info = _describe(config, platform, worker, selections[-1], time.perf_counter() - started)
+    return core, info
+
+
+def _describe(
+    config: BrimConfig, platform: Platform, worker: DeviceWorker, selection: KernelSelection, ready_s: float
+) -> dict[str, Any]:
+    settings = worker.ready.warm.reserved.loaded.opened.settings
+    plan, spec = worker.ready.plan, settings.spec
+    return {
+        "model": config.model.model,
+        "family": spec.family,
+        "num_parameters": spec.num_parameters,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": platform.describe(),
+        "kernels": selection.kernels.name,
+        "kernels_reason": selection.fallback_reason,
+        "num_threads": getattr(selection.kernels, "num_threads", None),
+        "decode_programs": worker.num_programs,
+        "vocab_size": spec.vocab_size,
+        "eos_token_ids": list(spec.eos_token_ids),
+        "max_model_len": plan.limits.max_model_len,
+        "max_num_seqs": plan.limits.max_num_seqs,
+        "max_num_batched_tokens": plan.limits.max_num_tokens,
+        "kv_tokens": plan.kv_tokens,
+        "full_length_requests": plan.full_length_requests,
+        "cap_bytes": plan.cap_bytes,
+        "weight_bytes": worker.ready.warm.reserved.loaded.model.weight_bytes,
+        "kv_bytes_per_token": plan.split.layout.token_bytes,
+        "ready_s": round(ready_s, 3),
+        "startup_report": worker.startup_report(),
+    }
