@@ -5,16 +5,28 @@
 #include "linear.h"
 #include "sample.h"
 
-static brim_kernel *const kernels[] = {
-    [1] = brim_linear,         [2] = brim_pack,        [3] = brim_embed,         [4] = brim_rms_norm,
-    [5] = brim_add_rms_norm,   [6] = brim_gated_activation, [7] = brim_gather_rows, [8] = brim_rope_and_cache,
-    [9] = brim_attention,      [10] = brim_argmax,     [11] = brim_sample,       [12] = brim_top_logprobs,
-    [13] = brim_penalize,      [14] = brim_dequantize,
+/* The work of an operation is the product of its first `sizes` sizes; below `small` one thread does it. */
+static const struct {
+    brim_kernel *run;
+    int64_t small;
+    int sizes;
+} kernels[] = {
+    [1] = {brim_linear, 1 << 16, 3},           [2] = {brim_pack, 0, 0},
+    [3] = {brim_embed, 2, 1},            [4] = {brim_rms_norm, 1 << 13, 2},
+    [5] = {brim_add_rms_norm, 1 << 13, 2},     [6] = {brim_gated_activation, 1 << 11, 2},
+    [7] = {brim_gather_rows, 1 << 14, 2},      [8] = {brim_rope_and_cache, 1 << 5, 2},
+    [9] = {brim_attention, 0, 0},              [10] = {brim_argmax, 1 << 13, 2},
+    [11] = {brim_sample, 1 << 12, 2},          [12] = {brim_top_logprobs, 1 << 12, 2},
+    [13] = {brim_penalize, INT64_MAX, 0},      [14] = {brim_dequantize, 0, 0},
 };
 
-brim_kernel *brim_kernel_for(int32_t code) {
-    if (code < 1 || (size_t)code >= sizeof kernels / sizeof *kernels) return NULL;
-    return kernels[code];
+static int known(int32_t code) { return code >= 1 && (size_t)code < sizeof kernels / sizeof *kernels; }
+brim_kernel *brim_kernel_for(int32_t code) { return known(code) ? kernels[code].run : NULL; }
+
+int brim_is_small(const brim_op *op) {
+    int64_t work = 1;
+    for (int i = 0; i < kernels[op->code].sizes; i++) work *= op->n[i];
+    return work < kernels[op->code].small;
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -76,6 +76,10 @@ static void publish(brim_pool *pool, _Atomic uint64_t *word, uint64_t value) {
 
 void brim_barrier(brim_thread *self) {
     brim_pool *pool = self->pool;
+    if (self->count == 1) { /* alone, whatever the pool's size */
+        atomic_store_explicit(&pool->ticket, 0, memory_order_relaxed);
+        return;
+    }
     uint64_t mine = atomic_fetch_add(&pool->arrived, 1) + 1;
     uint64_t round = (mine + (uint64_t)pool->count - 1) / (uint64_t)pool->count;
     if (mine == round * (uint64_t)pool->count) {
@@ -90,12 +94,24 @@ int64_t brim_ticket(brim_thread *self) {
     return atomic_fetch_add_explicit(&self->pool->ticket, 1, memory_order_relaxed);
 }
 
+static void run_alone(const brim_op *op, const brim_thread *self) {
+    brim_thread alone = *self;
+    alone.count = 1;
+    brim_kernel_for(op->code)(op, &alone);
+    atomic_store_explicit(&self->pool->ticket, 0, memory_order_relaxed);
+}
+
+/* Small operations run on thread 0 while the others wait at the barrier that ends the run of them. */
 static void run_ops(brim_thread *self) {
     const brim_op *ops = self->pool->ops;
     int64_t count = self->pool->num_ops;
     for (int64_t i = 0; i < count; i++) {
-        brim_kernel_for(ops[i].code)(&ops[i], self);
-        brim_barrier(self);
+        int small = brim_is_small(&ops[i]);
+        if (!small)
+            brim_kernel_for(ops[i].code)(&ops[i], self);
+        else if (self->id == 0)
+            run_alone(&ops[i], self);
+        if (!small || i + 1 == count || !brim_is_small(&ops[i + 1])) brim_barrier(self);
     }
 }
 
@@ -114,10 +130,14 @@ int brim_run(brim_pool *pool, const brim_op *ops, int64_t count) {
         if (!brim_kernel_for(ops[i].code)) return -1;
     if (count <= 0) return 0;
     pthread_mutex_lock(&pool->entry);
-    pool->ops = ops;
-    pool->num_ops = count;
-    if (pool->count > 1) publish(pool, &pool->generation, atomic_load(&pool->generation) + 1);
-    run_ops(&pool->workers[0].self);
+    if (count == 1 && brim_is_small(ops)) { /* nobody needs to be woken */
+        run_alone(ops, &pool->workers[0].self);
+    } else {
+        pool->ops = ops;
+        pool->num_ops = count;
+        if (pool->count > 1) publish(pool, &pool->generation, atomic_load(&pool->generation) + 1);
+        run_ops(&pool->workers[0].self);
+    }
     pthread_mutex_unlock(&pool->entry);
     return 0;
 }

@@ -22,7 +22,8 @@ typedef struct brim_op {
 
 typedef struct brim_pool brim_pool;
 
-/* What a kernel knows of the thread it runs on. Every thread of the pool runs every kernel. */
+/* What a kernel knows of the thread it runs on. Every thread of the pool runs every kernel that
+ * is not small; what a kernel computes does not depend on how many do. */
 typedef struct brim_thread {
     brim_pool *pool;
     int id;
@@ -57,5 +58,7 @@ int64_t brim_op_bytes(void);
 
 /* the kernels, by code; NULL where there is none */
 brim_kernel *brim_kernel_for(int32_t code);
+/* True where waking and meeting other threads would cost more than the work: thread 0 does it alone. */
+int brim_is_small(const brim_op *op);
 
 #endif
