@@ -114,6 +114,7 @@ class FakeExecutor(Executor):
 
     def _forward(self, table: SequenceTable, row: int, start: int, ids: NDArray[np.int64], *, scribble: bool) -> int:
         """Write chain for positions start .. start+len(ids)-1 into every group, then mix what the last position sees."""
+        assert len(ids), "a step computes at least one token of a sequence"
         size, end = self.layout.block_size, start + len(ids)
         positions = np.arange(end)
         slots = [bt[row, positions // size].astype(np.int64) * size + positions % size for bt in table.block_tables]

@@ -46,6 +46,16 @@ def random_params(rnd: random.Random, index: int) -> SamplingParams:
     )
 
 
+def random_prompt(rnd: random.Random, base: list[int]) -> list[int]:
+    """A shared prefix and an own tail; sometimes shared to the end, sometimes the same blocks after another beginning."""
+    shared = base[: rnd.choice([0, 8, 20, rnd.randrange(1, 30)])]
+    if shared and rnd.random() < 0.2:
+        return shared
+    if rnd.random() < 0.2:
+        shared = [rnd.choice([1, 2])] * 4 + base[:8]
+    return shared + [rnd.randrange(50) for _ in range(rnd.randrange(1, 10))]
+
+
 def run_workload(rig: Callable[..., Any], engine: dict[str, Any], seed: int, *, pressure: bool, faults: bool) -> Any:
     """Random requests that share prefixes, arriving and leaving at random steps."""
     rnd = random.Random(seed)
@@ -56,8 +66,7 @@ def run_workload(rig: Callable[..., Any], engine: dict[str, Any], seed: int, *, 
     num_requests = rnd.randrange(1, 14)
     num_aborts = 0
     for index in range(num_requests):
-        prompt = base[: rnd.choice([0, 8, 20, rnd.randrange(30)])] + [rnd.randrange(50) for _ in range(rnd.randrange(1, 10))]
-        r.add(f"r{index}", prompt, random_params(rnd, index), priority=rnd.choice([0, 0, 0, 1]))
+        r.add(f"r{index}", random_prompt(rnd, base), random_params(rnd, index), priority=rnd.choice([0, 0, 0, 1]))
         for _ in range(0 if pressure else rnd.choice([0, 0, 1, 3])):
             r.step()
         if rnd.random() < 0.15:
