@@ -88,6 +88,7 @@ def make_rig(
     check_interval_steps: int = 64,
     max_failed_steps: int = 5,
     unit_blocks: int = 1,
+    vocab_size: int = VOCAB_SIZE,
 ) -> Rig:
     layout = layout_of(windows)
     counts = [num_blocks] * len(windows) if isinstance(num_blocks, int) else list(num_blocks)
@@ -100,10 +101,10 @@ def make_rig(
     )
     table = SequenceTable(max_num_seqs, max_model_len, layout)
     scheduler = Scheduler(limits, BlockManager(layout, counts, table, enable_prefix_caching=prefix_caching), table)
-    executor = FakeExecutor(layout, counts, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), faults=faults, unit_blocks=unit_blocks)
+    executor = FakeExecutor(layout, counts, vocab_size=vocab_size, eos_token_ids=(EOS,), faults=faults, unit_blocks=unit_blocks)
     guard = KVGuard(scheduler, executor, check_interval_steps=check_interval_steps)
     core = EngineCore(
-        scheduler, executor, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), guard=guard, max_failed_steps=max_failed_steps
+        scheduler, executor, vocab_size=vocab_size, eos_token_ids=(EOS,), guard=guard, max_failed_steps=max_failed_steps
     )
     return Rig(core, executor)
 
