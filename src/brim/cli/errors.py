@@ -54,6 +54,6 @@ def report_error(error: Exception) -> None:
         return
     print(f"brim: {error}", file=sys.stderr)
     if isinstance(error, (MemoryBudgetError, OutOfDeviceMemory)) and error.ledger is not None:
-        from brim.cli.tables import ledger_rows, print_ledger
+        from brim.cli.tables import print_ledger
 
-        print_ledger(ledger_rows(error.ledger), error.ledger.cap_bytes)
+        print_ledger(error.ledger)

@@ -107,22 +107,21 @@ def measure_bandwidth(device: str, num_threads: int) -> float:
     raise EngineError(f"The memory bandwidth could not be measured: {last_words[0]}")
 
 
-def kv_read_bytes(groups: Sequence[dict[str, Any]], first_position: int, num_steps: int) -> int:
+def kv_read_bytes(kv: dict[str, Any], first_position: int, num_steps: int) -> int:
     """Bytes of cached keys and values that one sequence reads in a step, the mean over num_steps from first_position.
 
-    A group reads bytes_per_token for each cached token, a sliding group at most for its window.
+    `kv` is that part of `LLM.memory()`. A group reads block_bytes / block_size for each cached token, a sliding group at most
+    for its window.
     """
-    total = 0
+    total: int = 0
     for position in range(first_position, first_position + num_steps):
-        total += sum(min(position, g["window"] or position) * g["bytes_per_token"] for g in groups)
-    return total // max(1, num_steps)
+        total += sum(min(position, group["window"] or position) * group["block_bytes"] for group in kv["groups"])
+    return total // (int(kv["block_size"]) * max(1, num_steps))
 
 
-def weight_read_bytes(llm: LLM) -> int:
-    """Bytes of weights that one decode step reads: all of them, less an embedding table that is not also the output matrix."""
-    lines = [line for line in llm.memory()["ledger"] if line["category"] == "weights"]
-    total: int = sum(line["bytes"] for line in lines)
-    return total - int(llm.info.get("embedding_only_bytes", 0))
+def weight_read_bytes(info: dict[str, Any]) -> int:
+    """Bytes of weights that one decode step reads: all, less an embedding table that is not the output matrix too."""
+    return int(info["weight_bytes"]) - int(info.get("embedding_only_bytes", 0))
 
 
 def num_engine_threads(info: dict[str, Any]) -> int:

@@ -146,8 +146,7 @@ def stream_answer(
     started = time.perf_counter()
     first_s: float | None = None
     num_tokens = 0
-    chunks = llm.stream_chat(prompt, params) if isinstance(prompt, list) else llm.stream(prompt, params)
-    for chunk in chunks:
+    for chunk in llm.stream(prompt, params):
         first_s = first_s if first_s is not None else time.perf_counter() - started
         num_tokens += len(chunk.token_ids)
         parts.append(chunk.text)

@@ -44,9 +44,9 @@ class FakeLLM:
     @property
     def info(self) -> dict[str, Any]:
         return {
-            "device": "cpu: a fake",
-            "device_type": "cpu",
-            "versions": {"brim": "0.1.0", "torch": "2.13.0"},
+            "device": {"platform": "fake", "device": "a fake", "torch": "2.13.0", "python": "3.11"},
+            "dtype": "bfloat16",
+            "weight_bytes": 512 * MIB,
             "kernels": "fake",
             "max_model_len": 4096,
             "vocab_size": 1000,
@@ -60,8 +60,9 @@ class FakeLLM:
         return "the start-up report"
 
     def memory(self) -> dict[str, Any]:
-        groups = [{"kind": "full", "window": 0, "bytes_per_token": 100}, {"kind": "sliding", "window": 64, "bytes_per_token": 10}]
-        return {"cap_bytes": 1024 * MIB, "ledger": LEDGER, "kv": {"tokens_total": 65536, "groups": groups}, "phases": []}
+        groups = [{"kind": "full", "window": 0, "block_bytes": 1600}, {"kind": "sliding", "window": 64, "block_bytes": 160}]
+        kv = {"block_size": 16, "kv_tokens": 65536, "committed_bytes": 300 * MIB, "groups": groups}
+        return {"cap_bytes": 1024 * MIB, "ledger": LEDGER, "kv": kv, "phases": [], "peak_bytes": 900 * MIB}
 
     def _output(self, prompt: Any, params: SamplingParams) -> SimpleNamespace:
         self.asked.append((prompt, params))
@@ -84,8 +85,6 @@ class FakeLLM:
             yield SimpleNamespace(text=piece, token_ids=[index], finish_reason=None)
         if self.failure is not None:
             raise self.failure
-
-    stream_chat = stream
 
 
 @dataclass

