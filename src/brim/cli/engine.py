@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from brim.cli.options import build_config, settings_of
@@ -11,8 +12,12 @@ if TYPE_CHECKING:
     from brim.llm import LLM
 
 
-def open_llm(model: str | None, settings: dict[str, Any], *, quiet: bool = False) -> LLM:
+def open_llm(
+    model: str | None, settings: dict[str, Any], *, quiet: bool = False, defaults: Mapping[str, Any] | None = None
+) -> LLM:
     """The engine for `model` with these flags, ready; progress goes to stderr. The caller closes it (context manager).
+
+    `defaults` are a verb's own, for settings that nobody chose.
 
     The settings are checked before torch is imported, so a wrong flag is answered at once. Raises BrimError.
     """
@@ -20,4 +25,4 @@ def open_llm(model: str | None, settings: dict[str, Any], *, quiet: bool = False
     from brim import LLM
 
     with ProgressLine(quiet=quiet) as progress:
-        return LLM(config.model.model, on_progress=progress, **settings_of(config))
+        return LLM(config.model.model, on_progress=progress, **{**(defaults or {}), **settings_of(config)})

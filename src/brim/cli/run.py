@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from brim.llm import LLM
 
 DEFAULT_MAX_TOKENS = 512
+RUN_DEFAULTS = {"max_num_seqs": 4}  # one person asks: less KV cache, a faster start
 
 
 @with_settings(groups=ENGINE_GROUPS, without=("seed",))
@@ -62,7 +63,7 @@ def run(
         raise ConfigError("--json needs a PROMPT; a conversation has no single answer.")
     if seed is not None:
         settings["seed"] = seed
-    with engine.open_llm(model, settings) as llm:
+    with engine.open_llm(model, settings, defaults=RUN_DEFAULTS) as llm:
         if verbose:
             print(llm.startup_report(), file=sys.stderr)
         is_chat = _wants_chat(llm, raw=raw, system=system)

@@ -125,9 +125,13 @@ class CpuPlatform(Platform):
         """Nothing is queued on a CPU."""
 
     def release_unused(self) -> int:
-        """Collects garbage and makes the C library give free pages back."""
+        """Collects garbage and makes the C library give free pages back.
+
+        What survives is frozen: it was built for good, and later collections, this one's successors included, skip it.
+        """
         before_bytes = self.reading().ours_bytes
         gc.collect()
+        gc.freeze()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         return max(0, before_bytes - self.reading().ours_bytes)
@@ -136,7 +140,7 @@ class CpuPlatform(Platform):
         """Small batches, contexts up to 4,096 and no more memory than they need: a host is shared."""
         return PlatformDefaults(
             max_num_seqs=16,
-            max_num_batched_tokens=512,
+            max_num_batched_tokens=256,
             max_model_len_cap=4096,
             memory="enough",
             reserve_bytes=default_reserve_bytes(self.reading().free_bytes),

@@ -262,7 +262,7 @@ def test_cap_and_room(tree: Tree) -> None:
 
 def test_defaults(tree: Tree) -> None:
     limits = CpuPlatform(tree({}), rlimit=lambda name: None).default_limits()
-    assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len_cap) == (16, 512, 4096)
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len_cap) == (16, 256, 4096)
     assert limits.memory == "enough" and limits.reserve_bytes == 48 * GIB // 20
     small = CpuPlatform(tree({"proc/meminfo": meminfo(4 * GIB, 2 * GIB)}), rlimit=lambda name: None)
     assert small.default_limits().reserve_bytes == 512 * MIB
