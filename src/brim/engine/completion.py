@@ -8,11 +8,10 @@ from brim.engine.messages import FinishReason
 
 
 class TokenScore(msgspec.Struct, frozen=True):
-    """A token with its text (bytes that are no whole character show as U+FFFD), log-probability and rank (1 = most likely)."""
+    """A token with its text, log-probability and rank (1 = most likely)."""
 
     token_id: int
     text: str
-    data: bytes
     logprob: float
     rank: int
 

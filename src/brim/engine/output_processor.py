@@ -13,7 +13,7 @@ import msgspec
 from brim.engine.completion import CompletionChunk, PositionScores, TokenScore, Usage
 from brim.engine.messages import AbortRequest, AddRequest, PositionLogprobs, SequenceOutput
 from brim.engine.sampling_params import SamplingParams
-from brim.engine.text_seam import Detokenizer, StopStrings, TextTools
+from brim.engine.text_seam import Detokenizer, StopScanner, TextTools
 from brim.errors import InvalidParameter
 
 _SEED_SPAN = 1 << 64
@@ -42,7 +42,7 @@ class _Child:
     index: int
     params: SamplingParams
     detokenizer: Detokenizer
-    stops: StopStrings | None
+    stops: StopScanner | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +67,11 @@ class OutputProcessor:
         return len(self._requests)
 
     def add(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        arrival_s: float,
-        priority: int = 0,
-        is_continuation: bool = False,
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, arrival_s: float, priority: int = 0
     ) -> list[AddRequest]:
         """Start a request: its n sequences, to be sent to the engine. Raises InvalidParameter where the id is in use.
 
-        With a seed, sequence i has seed + i. Only the first sequence scores the prompt. is_continuation: the output continues
-        the prompt's text (a completion, not a chat), so a leading space belongs to it.
+        With a seed, sequence i has seed + i. Only the first sequence scores the prompt.
         """
         if request_id in self._requests:
             raise InvalidParameter(f"Request id '{request_id}' is in use.", param="request_id")
@@ -92,8 +84,8 @@ class OutputProcessor:
                 request,
                 index,
                 child_params,
-                self._text.new_detokenizer(child_params, is_continuation),
-                self._text.new_stop_strings(child_params) if params.stop else None,
+                self._text.new_detokenizer(child_params),
+                self._text.new_stop_scanner(child_params) if params.stop else None,
             )
             request.open.add(child_id)
             messages.append(AddRequest(child_id, list(prompt_ids), child_params, arrival_s, priority))
@@ -162,15 +154,15 @@ class OutputProcessor:
         ids, reason = output.new_token_ids, output.finish_reason
         if reason == "stop" and not (child.params.include_stop_str_in_output and output.stop_token_id is not None):
             ids = ids[:-1]
-        text = child.detokenizer.feed_all(ids) if ids else ""
+        text = child.detokenizer.feed(ids) if ids else ""
         if reason is not None:
             text += child.detokenizer.finish()
         if child.stops is None:
             return text, None
-        shown = child.stops.feed(text) if text else ""
-        if reason is not None and child.stops.matched is None:
+        shown, stop_string = child.stops.feed(text) if text else ("", None)
+        if reason is not None and stop_string is None:
             shown += child.stops.finish()
-        return shown, child.stops.matched
+        return shown, stop_string
 
     def _close(self, child: _Child, child_id: str) -> None:
         del self._children[child_id]
@@ -184,15 +176,12 @@ class OutputProcessor:
         return [None if position is None else self._score(position) for position in positions]
 
     def _score(self, position: PositionLogprobs) -> PositionScores:
+        name = self._text.token_text
         best = zip(position.top_ids, position.top_logprobs, strict=True)
         return PositionScores(
-            self._score_token(position.token_id, position.logprob, position.rank),
-            [self._score_token(token, logprob, rank) for rank, (token, logprob) in enumerate(best, 1)],
+            TokenScore(position.token_id, name(position.token_id), position.logprob, position.rank),
+            [TokenScore(token, name(token), logprob, rank) for rank, (token, logprob) in enumerate(best, 1)],
         )
-
-    def _score_token(self, token_id: int, logprob: float, rank: int) -> TokenScore:
-        data = self._text.token_bytes(token_id)
-        return TokenScore(token_id, data.decode(errors="replace"), data, logprob, rank)
 
 
 def _child_params(params: SamplingParams, index: int) -> SamplingParams:

@@ -9,7 +9,6 @@ from brim.engine.completion import CompletionCollector, CompletionResult
 from brim.engine.messages import PositionLogprobs, SequenceOutput
 from brim.engine.output_processor import OutputProcessor
 from brim.engine.sampling_params import SamplingParams
-from brim.engine.tokenizer_text import TokenizerText
 from brim.errors import InvalidParameter
 
 TEXTS = {1: "Hello", 2: " wor", 3: "ld", 4: "!", 5: " EN", 6: "D more", 9: ""}
@@ -21,7 +20,7 @@ class FakeDetokenizer:
     def __init__(self) -> None:
         self.held = ""
 
-    def feed_all(self, ids: Sequence[int]) -> str:
+    def feed(self, ids: Sequence[int]) -> str:
         text = self.held + "".join(TEXTS[i] for i in ids[:-1])
         self.held = TEXTS[ids[-1]]
         return text
@@ -34,34 +33,32 @@ class FakeDetokenizer:
 class FakeStops:
     def __init__(self, params: SamplingParams) -> None:
         self.params, self.text, self.shown = params, "", 0
-        self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str) -> tuple[str, str | None]:
         self.text += text
         for stop in self.params.stop:
             at = self.text.find(stop)
             if at >= 0:
                 end = at + len(stop) if self.params.include_stop_str_in_output else at
-                self.matched = stop
-                return self.text[self.shown : end]
+                return self.text[self.shown : end], stop
         safe = len(self.text) - max(len(stop) for stop in self.params.stop) + 1
         shown = self.text[self.shown : max(safe, self.shown)]
         self.shown += len(shown)
-        return shown
+        return shown, None
 
     def finish(self) -> str:
         return self.text[self.shown :]
 
 
 class FakeText:
-    def new_detokenizer(self, params: SamplingParams, is_continuation: bool) -> FakeDetokenizer:
+    def new_detokenizer(self, params: SamplingParams) -> FakeDetokenizer:
         return FakeDetokenizer()
 
-    def new_stop_strings(self, params: SamplingParams) -> FakeStops:
+    def new_stop_scanner(self, params: SamplingParams) -> FakeStops:
         return FakeStops(params)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        return TEXTS[token_id].encode()
+    def token_text(self, token_id: int) -> str:
+        return TEXTS[token_id]
 
 
 @pytest.fixture
@@ -187,21 +184,3 @@ def test_request_id_in_use(processor: OutputProcessor) -> None:
     start(processor)
     with pytest.raises(InvalidParameter, match="in use"):
         start(processor)
-
-
-def test_the_real_text_tools_satisfy_the_seam() -> None:
-    class Tokenizer:
-        special_ids = frozenset({9})
-        replaces_each_byte = False
-        strips_leading_space = True
-
-        def token_bytes(self, token_id: int) -> bytes:
-            return TEXTS[token_id].encode()
-
-    processor = OutputProcessor(TokenizerText(Tokenizer()))  # type: ignore[arg-type]
-    processor.add("req", [7], SamplingParams(stop=("!",)), arrival_s=0.0)
-    result, aborts = collect(processor, *(SequenceOutput("req", [i]) for i in (2, 3, 9, 4)))
-    assert result is not None and result.text == "world" and result.sequences[0].stop_reason == "!" and aborts == ["req"]
-    processor.add("req", [7], SamplingParams(), arrival_s=0.0, is_continuation=True)
-    result, _ = collect(processor, SequenceOutput("req", [2], "length"))
-    assert result is not None and result.text == " wor"
