@@ -1,4 +1,4 @@
-"""What the front-end half of the engine needs of the text package. Owns the protocols; the front end wires `brim.text` to them."""
+"""What the front-end half of the engine needs of the text package. Owns the protocols; the front end wires them up."""
 
 from __future__ import annotations
 
