@@ -1,4 +1,4 @@
-"""The front end's half of a model: tokenizer, chat template, names. Owns opening them; torch-free: a server process stays small."""
+"""The front end's half of a model: tokenizer, chat template, names. Owns opening them; torch-free, for a small server."""
 
 from __future__ import annotations
 
