@@ -93,13 +93,13 @@ def check_tokens(r: Any) -> None:
             assert end.finish_reason == "stop" if ended_early else end.finish_reason in ("stop", "length")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(engine=engines, seed=SEEDS)
 def test_every_request_gets_the_tokens_it_would_get_alone(rig: Callable[..., Any], engine: dict[str, Any], seed: int) -> None:
     check_tokens(run_workload(rig, engine, seed, pressure=False, faults=False))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(engine=engines, seed=SEEDS, faults=st.booleans())
 def test_memory_pressure_and_out_of_memory_lose_no_request(
     rig: Callable[..., Any], engine: dict[str, Any], seed: int, faults: bool
