@@ -43,7 +43,7 @@ install_packages() {
   "$bin/python" -m compileall -q src/brim || true
 }
 
-packages=$(hash_of pyproject.toml constraints.txt)
+packages="$(hash_of pyproject.toml constraints.txt) $PWD"  # a moved folder needs its scripts written anew
 if [[ ! -x $bin/brim ]] || ! is_done packages "$packages"; then
   install_packages
   mark_done packages "$packages"
