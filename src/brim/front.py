@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from brim.config.schema import BrimConfig
 from brim.engine.sampling_params import SamplingParams
 from brim.engine.text_seam import Detokenizer, StopScanner, TextTools
 from brim.errors import RequestError
+from brim.formats.gguf import GGUFFile
 from brim.formats.model_files import resolve_model
+from brim.text.chat_template import ChatTemplate
 from brim.text.detokenizer import IncrementalDetokenizer
 from brim.text.stop_strings import StopChecker
 from brim.text.tokenizer import Tokenizer
@@ -21,7 +24,7 @@ class Front:
     """tokenizer None: a model of bare weights; it takes and gives token ids only. model_names: what requests may call it."""
 
     tokenizer: Tokenizer | None
-    chat_template: None
+    chat_template: ChatTemplate | None
     text_tools: TextTools
     model_names: tuple[str, ...]
 
@@ -31,19 +34,36 @@ class Front:
             raise RequestError("This model has no tokenizer; send token ids, or start with --tokenizer.", param="prompt")
         return self.tokenizer.encode(text, add_special_tokens)
 
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, extra: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Ids of a conversation by the model's chat template. Raises RequestError, TokenizerError."""
+        if self.chat_template is None:
+            raise RequestError(
+                "This model has no chat template, so it cannot take messages; start with --chat-template FILE, or send a prompt "
+                "to /v1/completions.",
+                param="messages",
+            )
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, extra=extra)
+        return self.encode(text, add_special_tokens=False)
+
 
 def open_front(config: BrimConfig) -> Front:
     """Open the text side of the configured model; the weights are not touched. Raises ModelError."""
     files = resolve_model(config.model.model, config.model.revision)
     if config.model.tokenizer is not None:
         files = files.with_tokenizer(Path(config.model.tokenizer).expanduser())
-    has_text = files.tokenizer_path is not None
-    if not has_text and config.model.load_format != "dummy":
-        Tokenizer.from_files(files)  # raises with what to do
-    tokenizer = Tokenizer.from_files(files) if has_text else None
+    gguf = GGUFFile.open(files.tokenizer_path) if files.tokenizer_path and files.tokenizer_path.suffix == ".gguf" else None
+    try:
+        has_no_text = files.tokenizer_path is None and config.model.load_format == "dummy"
+        tokenizer = None if has_no_text else Tokenizer.from_files(files, gguf)
+        template = ChatTemplate.from_files(files, gguf, config.model.chat_template)
+    finally:
+        if gguf is not None:
+            gguf.close()
     names = config.model.served_model_name or (config.model.model,)
     tools: TextTools = TokenizerTools(tokenizer) if tokenizer is not None else IdsOnlyTools()
-    return Front(tokenizer, None, tools, names)
+    return Front(tokenizer, template, tools, names)
 
 
 class TokenizerTools:
