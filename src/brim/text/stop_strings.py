@@ -10,9 +10,9 @@ from brim.errors import InvalidParameter
 class StopChecker:
     """Feed text deltas, get text that is safe to show; after a match `matched` names the stop string and no more text comes.
 
-    Of several matches the one that ends first wins, as if the text were watched letter by letter, so the result does not depend on
-    how the text was cut into deltas; of those that end together the longest wins. Held back is the longest end of the text that
-    begins a stop string. Cost: amortised constant for each letter and stop string (Knuth, Morris and Pratt's automaton).
+    Of several matches the one that ends first wins, as if the text were watched letter by letter, so the result does not
+    depend on how the text was cut into deltas; of those that end together the longest wins. Held back is the longest end of
+    the text that begins a stop string. Cost: amortised constant for each letter and stop string (Knuth-Morris-Pratt).
     """
 
     def __init__(self, stop: Sequence[str], include_stop_str_in_output: bool = False) -> None:
