@@ -22,7 +22,7 @@ def print_memory(memory: dict[str, Any], stream: IO[str] | None = None) -> None:
     print_ledger(ledger_of(memory), out)
     kv = memory.get("kv", {})
     if "kv_tokens" in kv:
-        print(f"KV cache: {kv['kv_tokens']:,} tokens in {format_bytes(kv.get('committed_bytes', 0))}", file=out)
+        print(f"KV cache: {kv['kv_tokens']:,} tokens", file=out)
     if memory.get("peak_bytes"):
         print(f"Peak of this process: {format_bytes(memory['peak_bytes'])}", file=out)
 

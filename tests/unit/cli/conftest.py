@@ -120,7 +120,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
     """Every verb of this test gets this engine; the flags are resolved for real."""
     fake = FakeLLM()
 
-    def open_llm(model: str | None, settings: dict[str, Any], *, quiet: bool = False) -> FakeLLM:
+    def open_llm(model: str | None, settings: dict[str, Any], *, quiet: bool = False, defaults: Any = None) -> FakeLLM:
         config = brim.cli.engine.build_config(model, settings)
         fake.opened_with = (config.model.model, brim.cli.engine.settings_of(config))
         return fake

@@ -80,7 +80,7 @@ def test_reports_go_to_stderr(brim_command: Brim, fake_llm: FakeLLM) -> None:
     assert "the start-up report" in ended.err
     assert "4 tokens in" in ended.err
     assert "912.00 MiB" in ended.err
-    assert "KV cache: 65,536 tokens in 300.00 MiB" in ended.err
+    assert "KV cache: 65,536 tokens\n" in ended.err
     assert "Peak of this process: 900.00 MiB" in ended.err
 
 
