@@ -1,0 +1,124 @@
+"""The socket between a front end and its engine process: ZeroMQ over a local ipc socket, messages in msgpack, no pickle.
+
+Owns addresses, sockets and the bytes on them; not the processes, and not what the messages mean.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from brim.engine.messages import FromEngine, ToEngine
+from brim.errors import EngineError
+
+_LINGER_MS = 2000  # how long the last words of a closing side may take
+
+
+class EngineChannel(Protocol):
+    """The engine's side. Tests use a list-backed one."""
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        """All messages that have arrived; with `block` waits for the first."""
+
+    def send(self, message: FromEngine) -> None:
+        """Queue a message; never blocks."""
+
+    def close(self) -> None:
+        """Send what is queued, then close."""
+
+
+class ZmqEngineChannel:
+    """EngineChannel over the address that the front end bound."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = _unbounded(self._context.socket(zmq.PAIR))
+        self._socket.connect(address)
+        self._encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        """See EngineChannel."""
+        return list(self._arrived(block))
+
+    def _arrived(self, block: bool) -> Iterator[ToEngine]:
+        try:
+            if block:
+                yield self._decoder.decode(self._socket.recv())
+            while True:
+                yield self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return
+
+    def send(self, message: FromEngine) -> None:
+        """See EngineChannel."""
+        self._socket.send(self._encode(message))
+
+    def close(self) -> None:
+        """See EngineChannel."""
+        self._socket.close(_LINGER_MS)
+        self._context.term()
+
+
+class FrontChannel:
+    """The front end's side, for one engine process and one event loop: binds in a private folder, which `close` removes."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="brim-"))  # mode 0700
+        self.address = f"ipc://{self._folder}/engine"
+        self._context = zmq.asyncio.Context()
+        self._socket = _unbounded(self._context.socket(zmq.PAIR))
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        try:
+            self._socket.bind(self.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise EngineError(
+                f"Cannot open the engine's socket in {self._folder}: {error}. Set TMPDIR to a shorter path."
+            ) from error
+
+    async def receive(self) -> FromEngine:
+        """The next message."""
+        return self._decode(await self._socket.recv())
+
+    async def receive_rest(self, timeout_s: float) -> list[FromEngine]:
+        """What is still on its way from a process that has ended."""
+        rest = []
+        while await self._socket.poll(int(timeout_s * 1000)):
+            rest.append(self._decode(await self._socket.recv()))
+        return rest
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message; never blocks."""
+        self._socket.send(self._encode(message))
+
+    def close(self) -> None:
+        """Close the socket and remove its folder."""
+        self._socket.close(0)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _decode(self, frame: bytes) -> FromEngine:
+        message: FromEngine = self._decoder.decode(frame)
+        return message
+
+
+def _unbounded(socket: Any) -> Any:
+    """Neither side may ever block on the other, which computes or serves meanwhile."""
+    socket.set_hwm(0)
+    return socket
+
+
+def _plain(value: Any) -> Any:
+    """A numpy number in a report as a plain one."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be sent")

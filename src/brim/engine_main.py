@@ -1,0 +1,17 @@
+"""`python -m brim.engine_main`: the engine's process behind a server. Started by `engine.supervisor`, never by people."""
+
+from __future__ import annotations
+
+import sys
+
+from brim.engine.engine_process import run_engine_process
+from brim.runtime import build_engine_core
+
+
+def main() -> int:
+    """Serve the engine that `runtime` builds until told to stop."""
+    return run_engine_process(build_engine_core)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
