@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llm": (*FOUNDATION, "config", "memory", "text", "engine", "front", "runtime"),
     "brim": (*FOUNDATION, "engine", "llm"),
     "cli": (*FOUNDATION, "config", "memory", "engine", "server", "runtime", "llm", "brim"),
+    "engine_main": ("engine", "runtime"),
     "__main__": ("cli",),
 }  # fmt: skip
 
