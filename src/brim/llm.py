@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -190,8 +191,6 @@ class LLM:
         self._collectors.pop(request_id, None)
 
     def _show_progress(self, done: int, total: int) -> None:
-        import sys
-
         print(f"\r{done}/{total} requests", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 

@@ -155,6 +155,7 @@ def _compile(command: Sequence[str], path: Path) -> str | None:
 
 
 def main() -> int:
+    """Build ahead and say what happened; exit status 1 where there is no compiler."""
     result = build()
     if result.path is None:
         print(f"native kernels: not built: {result.reason}", file=sys.stderr)

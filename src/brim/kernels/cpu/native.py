@@ -64,6 +64,7 @@ class ThreadPool:
             raise AssertionError("unknown operation code")
 
     def close(self) -> None:
+        """End the threads; nothing runs afterwards."""
         if self._handle is not None:
             self._library.close(self._handle)
             self._handle = None

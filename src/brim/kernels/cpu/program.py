@@ -21,6 +21,7 @@ class Program:
         self._ops = b""
 
     def append(self, op: bytes, tensors: tuple[Tensor | None, ...]) -> None:
+        """Store one packed call and the tensors it points into."""
         self._parts.append(op)
         self._kept.extend(tensors)
 
