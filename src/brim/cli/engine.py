@@ -17,7 +17,7 @@ def open_llm(
 ) -> LLM:
     """The engine for `model` with these flags, ready; progress goes to stderr. The caller closes it (context manager).
 
-    `defaults` are a verb's own, for settings that nobody chose. The settings are checked before torch is imported, so a wrong
+    `defaults` are a verb's own, for settings that nobody chose. Settings are checked before torch is imported, so a wrong
     flag is answered at once. Raises BrimError.
     """
     config = build_config(model, settings)
