@@ -21,6 +21,7 @@ from brim.formats.weight_file import WeightSource
 
 ModelKind = Literal["gguf", "safetensors", "config_only"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MAX_HUB_ID = 96  # the Hub's own limit
 _HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w./-]+\.gguf)")
 _HUB_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*"]
 _HUB_FILES += ["*.safetensors", "*.safetensors.index.json"]
@@ -79,8 +80,9 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: Path | Non
     in_hub = _HUB_GGUF.fullmatch(model)
     if in_hub and not is_path and ".." not in model:
         return _gguf_files(_download_file(in_hub[1], in_hub[2], revision), model)
-    if is_path or model.endswith((".gguf", ".json")) or not _HUB_ID.fullmatch(model) or ".." in model:
-        raise ModelNotFound(f"There is no model at '{model}'; {_WHAT_A_MODEL_IS}.")
+    is_hub_id = _HUB_ID.fullmatch(model) and ".." not in model and len(model) <= _MAX_HUB_ID and not is_path
+    if not is_hub_id or model.endswith((".gguf", ".json")):
+        raise ModelNotFound(f"There is no model at '{model[:200]}'; {_WHAT_A_MODEL_IS}.")
     return dataclasses.replace(_folder_files(_download_folder(model, revision)), name=model)
 
 

@@ -5,6 +5,7 @@ What a template may use and how long it may take is `template_sandbox`'s.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,11 @@ class ChatTemplate:
         """
         path = files.tokenizer_path
         metadata: Mapping[str, Any] | None = None
-        if path is not None and path.suffix == ".gguf":
-            opened = gguf if gguf is not None and gguf.path == path else GGUFFile.open(path)
-            metadata = opened.metadata
+        if gguf is not None and gguf.path == path:
+            metadata = gguf.metadata
+        elif path is not None and path.suffix == ".gguf":
+            with contextlib.closing(GGUFFile.open(path)) as opened:
+                metadata = opened.metadata
         config = read_json_object(files.tokenizer_config_path)
         return cls.from_sources(
             override=override, template_path=files.chat_template_path, tokenizer_config=config, gguf_metadata=metadata

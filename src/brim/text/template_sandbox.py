@@ -36,7 +36,7 @@ _REMOVED_FILTERS = ("urlize", "xmlattr", "pprint", "wordwrap", "random", "filesi
 _REMOVED_GLOBALS = ("lipsum", "cycler", "joiner")
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)")
 _WIDE_FORMAT = re.compile(r":[^{}]*\d{4}|\{[^{}]+\{")
-_WIDE_TIME = re.compile(r"\d\d")
+_WIDE_TIME = re.compile(r"%[^a-zA-Z%]*\d\d")
 
 
 class TemplateLimit(Exception):
@@ -231,7 +231,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 widths = [len(arg) if isinstance(arg, str) else arg for arg in rest if isinstance(arg, (int, str))]
                 self.budget.allow((str(value).count("\n") + 1) * max(widths, default=4))
             elif name == "tojson":
-                self.budget.allow(self.budget.weight(value) * max([1, *map(self.budget.weight, rest)]))
+                factors = [
+                    arg if isinstance(arg, int) else self.budget.weight(arg) // _ELEMENT_CHARACTERS
+                    for arg in rest
+                    if arg is not None
+                ]
+                self.budget.allow(self.budget.weight(value) * (1 + sum(factors)))
             elif name == "replace" and len(rest) >= 2:
                 self._check_replace(str(value), rest[0], rest[1])
             elif name == "format" and isinstance(value, str):
