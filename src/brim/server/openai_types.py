@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 Stop = str | list[str]
-Prompt = str | list[int] | list[str | list[int]]
+Prompt = str | list[int | str | list[int]]  # text, ids, or several of either
 
 # Accepted without effect: bookkeeping of the caller's, or hints that cannot change the text.
 IGNORED = frozenset(
@@ -34,6 +34,7 @@ REFUSED = {
     "best_of": _NO_BEAMS, "use_beam_search": _NO_BEAMS, "length_penalty": _NO_BEAMS,
     "chat_template": _NO_TEMPLATES, "documents": "put the documents into the messages.",
     "suffix": "text cannot be inserted before a suffix; leave it out.",
+    "continue_final_message": "end with a user's message, or use /v1/completions.",
     "reasoning_effort": _LEAVE_OUT, "verbosity": _LEAVE_OUT, "prediction": _LEAVE_OUT, "web_search_options": _LEAVE_OUT,
     "truncate_prompt_tokens": "shorten the prompt before sending it.", "bad_words": "use 'logit_bias'.",
     "allowed_token_ids": "use 'logit_bias'.", "logits_processors": _LEAVE_OUT, "mm_processor_kwargs": _NO_MEDIA,
@@ -62,7 +63,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = {}
     seed: int | None = None
-    stop: Stop = ()  # type: ignore[assignment]
+    stop: Stop = []
     # vLLM's
     top_k: int = 0
     min_p: float = 0.0
@@ -93,7 +94,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     logprobs: bool = False
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
-    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
 
 

@@ -76,5 +76,11 @@ class ServerFront(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt. Raises RequestError."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], /, **settings: Any) -> list[int]:
-        """Ids of a conversation by the chat template. Raises RequestError."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation by the chat template; extra: variables of the template's own. Raises RequestError."""

@@ -1,0 +1,199 @@
+"""One HTTP request's way through the engine: its prompts generate beside each other. Owns ids, merging, metrics and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from brim.engine.completion import CompletionChunk, CompletionCollector, CompletionResult, Usage
+from brim.engine.sampling_params import SamplingParams
+from brim.server.api_errors import JSON, as_api_error, raise_named
+from brim.server.metrics import ServerMetrics
+from brim.server.openai_types import GenerationRequest
+from brim.server.prompts import total_usage
+from brim.server.seams import EngineClient
+from brim.server.streams import DONE_FRAME, ClientGone, EventStream, error_body, frame_of, merge, unless_gone
+
+Chunks = AsyncGenerator[tuple[int, CompletionChunk]]
+MakeChoices = Callable[[int, CompletionChunk], list[dict[str, Any]]]
+_GONE = 499  # nobody reads it; for logs
+_LOG = logging.getLogger("brim.server")
+
+
+class Generation:
+    """prompt_ids in the order of their numbers. Chunks of a failed sequence raise what they name."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        metrics: ServerMetrics,
+        prefix: str,
+        prompt_ids: Sequence[list[int]],
+        params: SamplingParams,
+        priority: int,
+    ) -> None:
+        self.request_id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created_s = int(time.time())
+        self._engine = engine
+        self._metrics = metrics
+        self._prompt_ids = prompt_ids
+        self._params = params
+        self._priority = priority
+        self._usages = [Usage(len(ids), 0) for ids in prompt_ids]
+
+    @property
+    def usage(self) -> Usage:
+        """So far, all prompts together."""
+        return total_usage(self._usages)
+
+    async def chunks(self) -> Chunks:
+        """(prompt number, chunk) as they come. Raises BrimError; closing it aborts everything."""
+        streams = [self._one(number) for number in range(len(self._prompt_ids))]
+        async with contextlib.aclosing(merge(streams)) as merged:
+            async for number, chunk in merged:
+                if chunk.error is not None:
+                    raise_named(chunk.error, chunk.error_kind)
+                self._usages[number] = chunk.usage
+                yield number, chunk
+
+    async def results(self) -> list[CompletionResult]:
+        """All of it, when it is done: one result a prompt."""
+        ids = [self._engine_id(number) for number in range(len(self._prompt_ids))]
+        collectors = [CompletionCollector(engine_id) for engine_id in ids]
+        results: dict[int, CompletionResult] = {}
+        async with contextlib.aclosing(self.chunks()) as chunks:
+            async for number, chunk in chunks:
+                result = collectors[number].add(chunk)
+                if result is not None:
+                    results[number] = result
+        return [results[number] for number in range(len(ids))]
+
+    def _engine_id(self, number: int) -> str:
+        return self.request_id if len(self._prompt_ids) == 1 else f"{self.request_id}-{number}"
+
+    async def _one(self, number: int) -> AsyncGenerator[CompletionChunk]:
+        ids = self._prompt_ids[number]
+        stream = self._engine.generate(self._engine_id(number), ids, self._params, priority=self._priority)
+        with self._metrics.observe(len(ids)) as observed:
+            async with contextlib.aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    observed.note(chunk)
+                    yield chunk
+
+
+class Answer:
+    """How a generation is answered: `kind` is the object's name in the API, `model` what it is called there."""
+
+    def __init__(self, request: Request, body: GenerationRequest, generation: Generation, kind: str, model: str) -> None:
+        self._request = request
+        self._generation = generation
+        self._stream_options = body.stream_options
+        self._kind = kind
+        self._model = model
+
+    async def whole(self, make: Callable[[list[CompletionResult]], dict[str, Any]]) -> Response:
+        """One JSON object; `make` gives what belongs to this kind (choices and the like)."""
+        try:
+            results = await unless_gone(self._request.receive, self._generation.results())
+        except ClientGone:
+            return Response(status_code=_GONE)
+        body = {**self._head(self._kind), **make(results)}
+        body.setdefault("usage", usage_json(self._generation.usage))
+        return Response(msgspec.json.encode(body), media_type=JSON)
+
+    async def streamed(self, make: MakeChoices, *, opening: Sequence[dict[str, Any]] = (), hidden_tokens: int = 0) -> Response:
+        """Server-sent events. The first chunk is awaited, so that a refused request is a plain error and no stream.
+
+        opening: choices of a frame before all others. hidden_tokens: generated tokens that are not the client's.
+        """
+        chunks = self._generation.chunks()
+        try:
+            first = await unless_gone(self._request.receive, _next(chunks))
+        except ClientGone:
+            await chunks.aclose()
+            return Response(status_code=_GONE)
+        except BaseException:
+            await chunks.aclose()
+            raise
+        return _StreamResponse(EventStream(self._frames(first, chunks, make, opening, hidden_tokens)))
+
+    async def _frames(
+        self,
+        first: tuple[int, CompletionChunk],
+        chunks: Chunks,
+        make: MakeChoices,
+        opening: Sequence[dict[str, Any]],
+        hidden_tokens: int,
+    ) -> AsyncGenerator[bytes]:
+        options = self._stream_options
+        wants_usage = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
+        head = msgspec.json.encode(self._head(f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind))[:-1]
+
+        def frame(choices: Sequence[dict[str, Any]], usage: Usage | None) -> bytes:
+            tail = b',"usage":' + msgspec.json.encode(usage_json(usage, hidden_tokens)) if usage or wants_usage else b""
+            return frame_of(head + b',"choices":' + msgspec.json.encode(choices) + tail + b"}")
+
+        try:
+            async with contextlib.aclosing(chunks):
+                if opening:
+                    yield frame(opening, self._generation.usage if continuous else None)
+                async for number, chunk in _chain(first, chunks):
+                    choices = make(number, chunk)
+                    if choices:
+                        yield frame(choices, self._generation.usage if continuous else None)
+            if wants_usage:
+                yield frame([], self._generation.usage)
+        except Exception as error:
+            if as_api_error(error).status == 500:
+                _LOG.exception("a stream failed")
+            yield frame_of(msgspec.json.encode(error_body(error)))
+        yield DONE_FRAME
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._generation.request_id, "object": kind, "created": self._generation.created_s, "model": self._model}
+
+
+class _StreamResponse(Response):
+    """An EventStream where FastAPI wants a Response."""
+
+    def __init__(self, events: EventStream) -> None:
+        super().__init__()
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._events(scope, receive, send)
+
+
+def usage_json(usage: Usage | None, hidden_tokens: int = 0) -> dict[str, Any] | None:
+    """OpenAI's usage."""
+    if usage is None:
+        return None
+    completion_tokens = max(0, usage.completion_tokens - hidden_tokens)
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": usage.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+async def _next(chunks: Chunks) -> tuple[int, CompletionChunk]:
+    return await anext(chunks)
+
+
+async def _chain(first: tuple[int, CompletionChunk], chunks: Chunks) -> Chunks:
+    yield first
+    async for item in chunks:
+        yield item
+        if item[1].is_last:
+            await asyncio.sleep(0)  # the streams of others go on where one has much queued
