@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 
 from brim.errors import BrokenModel, UnsupportedModel
 from brim.text.added_tokens import AddedTokens
+from brim.text.library_errors import library_errors
 from brim.text.spm_encoder import SPACE, SpmEncoder
 from brim.text.tokenizer_parts import TokenizerParts
 
@@ -199,10 +200,8 @@ def _byte_level_library(vocabulary: _Vocabulary, pre: str) -> LibraryTokenizer:
     if not isinstance(merges, list) or not all(type(merge) is str for merge in merges):
         raise BrokenModel("The GGUF header has no usable 'tokenizer.ggml.merges'; download or convert the file again.")
     ids = {piece: token_id for token_id, piece in enumerate(vocabulary.pieces)}
-    try:
+    with library_errors("The GGUF header's merges and tokens disagree", "convert the file again"):
         library = LibraryTokenizer(BPE(ids, _pairs(merges), ignore_merges=pre in _WHOLE_WORDS))
-    except Exception as error:  # the library raises bare Exception
-        raise BrokenModel(f"The GGUF header's merges and tokens disagree ({error}); convert the file again.") from error
     if pre == "qwen2":
         library.normalizer = normalizers.NFC()
     if pre in _GPT2_PATTERN:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from brim.errors import TokenizerError, UnsupportedModel
+from brim.text.library_errors import library_errors
 from brim.text.tokenizer_parts import PieceSpelling, TokenizerParts
 
 
@@ -23,6 +24,11 @@ def parts_from_json(path: Path, config: Mapping[str, Any], generation_config: Ma
     Raises TokenizerError for a file that cannot be read, UnsupportedModel for kinds other than SentencePiece-style and
     byte-level BPE.
     """
+    with library_errors(f"{path} cannot be read", "download the model again"):
+        return _parts(path, config, generation_config)
+
+
+def _parts(path: Path, config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> TokenizerParts:
     library = _library(path)
     _add_missing_tokens(library, config, path)
     spelling, strips_leading_space = _spelling(library, path)
@@ -34,7 +40,8 @@ def parts_from_json(path: Path, config: Mapping[str, Any], generation_config: Ma
     special_ids.update(role for role in (bos_id, eos_id, *roles) if role is not None)
 
     def encode(text: str) -> list[int]:
-        token_ids: list[int] = library.encode(text, add_special_tokens=False).ids
+        with library_errors(f"{path} fails on this text", "download the model again"):
+            token_ids: list[int] = library.encode(text, add_special_tokens=False).ids
         return token_ids
 
     def piece_of(token_id: int) -> str | None:
@@ -70,13 +77,9 @@ def read_json_object(path: Path | None) -> dict[str, Any]:
 
 
 def _library(path: Path) -> LibraryTokenizer:
-    try:
-        content = path.read_bytes()
-        library = LibraryTokenizer.from_buffer(content)
-        library.no_truncation()
-        library.no_padding()
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{path} cannot be read ({error}); download the model again.") from error
+    library = LibraryTokenizer.from_buffer(path.read_bytes())
+    library.no_truncation()
+    library.no_padding()
     return library
 
 
