@@ -98,6 +98,7 @@ class GGUFFile:
         self._mapped.release(tensor.offset, tensor.num_bytes)
 
     def close(self) -> None:
+        """Unmap."""
         self._mapped.close()
 
 

@@ -55,6 +55,7 @@ class SafetensorsFile:
             raise
 
     def names(self) -> list[str]:
+        """Tensor names."""
         return list(self.tensors)
 
     def info(self, name: str) -> SafetensorsTensor:
@@ -65,14 +66,17 @@ class SafetensorsFile:
             raise BrokenModel(f"{self.path} has no tensor '{name}'; download the model again.") from None
 
     def tensor_bytes(self, name: str) -> memoryview:
+        """The stored bytes, as a view over the mapping."""
         tensor = self.info(name)
         return self._mapped.view(tensor.offset, tensor.num_bytes)
 
     def release(self, name: str) -> None:
+        """Drop the tensor's pages from resident memory."""
         tensor = self.info(name)
         self._mapped.release(tensor.offset, tensor.num_bytes)
 
     def close(self) -> None:
+        """Unmap."""
         self._mapped.close()
 
 
@@ -126,18 +130,23 @@ class SafetensorsShards:
         return cls(files, where)
 
     def names(self) -> list[str]:
+        """Tensor names."""
         return list(self._where)
 
     def info(self, name: str) -> SafetensorsTensor:
+        """Raises BrokenModel for a name the files do not have."""
         return self._file(name).info(name)
 
     def tensor_bytes(self, name: str) -> memoryview:
+        """The stored bytes, as a view over the mapping."""
         return self._file(name).tensor_bytes(name)
 
     def release(self, name: str) -> None:
+        """Drop the tensor's pages from resident memory."""
         self._file(name).release(name)
 
     def close(self) -> None:
+        """Unmap."""
         _close_all(self._files)
 
     def _file(self, name: str) -> SafetensorsFile:

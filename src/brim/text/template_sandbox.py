@@ -57,6 +57,7 @@ class RenderBudget:
         self._deadline = time.monotonic() + seconds
 
     def tick(self) -> None:
+        """Look at the clock."""
         if time.monotonic() > self._deadline:
             raise TemplateLimit(f"it ran for more than {self._seconds:g} seconds")
 

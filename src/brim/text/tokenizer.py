@@ -117,6 +117,7 @@ class Tokenizer:
             return None
 
     def is_special(self, token_id: int) -> bool:
+        """Whether skip_special_tokens leaves this token out."""
         return token_id in self.special_ids
 
     def _piece_bytes(self, piece: str) -> bytes:
