@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 from brim.memory.ledger import Ledger, LedgerLine
-from brim.memory.report import format_ledger
 from brim.units import format_bytes
 
 
 def print_ledger(ledger: Ledger, stream: IO[str] | None = None) -> None:
     """The ledger as `memory.report` shows it everywhere."""
+    from brim.memory.report import format_ledger
+
     print(format_ledger(ledger), file=stream or sys.stderr)
 
 
