@@ -35,10 +35,15 @@ class ProgressLine:
             print(text, file=self._stream, flush=True)
         self._phase = progress.phase
 
+    def clear(self) -> None:
+        """Take the line off the terminal."""
+        if self._rewrites and self._phase:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+        self._phase = ""
+
     def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._rewrites and self._phase:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+        self.clear()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+import urllib.request
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from brim.cli.tables import print_table
 from brim.units import format_bytes
+
+if TYPE_CHECKING:
+    from brim.server.instances import Instance
 
 _HEADER = ("NAME", "PID", "URL", "CAP", "HELD", "KV TOKENS", "CONTEXT", "UPTIME")
 _TIMEOUT_S = 2.0
@@ -29,9 +33,36 @@ def ps(*, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON lis
     print_table(_HEADER, [_cells(row) for row in rows], right={1, 3, 4, 5, 6}, stream=sys.stdout)
 
 
-def describe(instance: Any) -> dict[str, Any]:
+def describe(instance: Instance) -> dict[str, Any]:
     """One instance as a JSON object; its memory figures are None while it starts or when it does not answer."""
-    raise NotImplementedError
+    memory = _ask(instance, "/memory") if instance.state != "starting" else None
+    models = _ask(instance, "/v1/models") if memory is not None else None
+    kv = (memory or {}).get("kv", {})
+    groups = kv.get("groups") or [{}]
+    tokens = groups[0].get("num_tokens", {})
+    return {
+        "name": instance.name,
+        "pid": instance.pid,
+        "url": instance.url,
+        "state": instance.state if memory is not None or instance.state == "starting" else "no answer",
+        "cap_bytes": (memory or {}).get("cap_bytes"),
+        "held_bytes": (memory or {}).get("held_bytes"),
+        "kv_tokens_used": tokens.get("used"),
+        "kv_tokens_total": kv.get("kv_tokens"),
+        "max_model_len": models["data"][0].get("max_model_len") if models else None,
+        "uptime_s": instance.uptime_s,
+    }
+
+
+def _ask(instance: Instance, path: str) -> dict[str, Any] | None:
+    request = urllib.request.Request(instance.url + path, headers={"Authorization": f"Bearer {instance.key}"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is this machine
+    try:
+        with opener.open(request, timeout=_TIMEOUT_S) as answer:
+            value = json.load(answer)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from brim.cli.options import ALL_GROUPS, build_config, with_settings
+from brim.cli.progress import ProgressLine
 
 
 @with_settings(groups=ALL_GROUPS)
@@ -24,4 +27,10 @@ def serve(
     config = build_config(model, settings)
     from brim.server.http_server import run_server
 
-    run_server(config)
+    with ProgressLine() as progress:
+
+        def ready(info: Mapping[str, Any]) -> None:
+            progress.clear()
+            print(info.get("startup_report", ""), file=sys.stderr)
+
+        run_server(config, on_progress=progress, on_ready=ready)
