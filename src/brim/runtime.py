@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 from brim.config.model_source import open_model
+from brim.config.resolve import known_fields
 from brim.config.schema import BrimConfig
 from brim.engine.block_manager import BlockManager
 from brim.engine.core import EngineCore
@@ -14,8 +17,10 @@ from brim.engine.limits import EngineLimits
 from brim.engine.messages import StartupProgress
 from brim.engine.scheduler import Scheduler
 from brim.engine.sequence_table import SequenceTable
+from brim.formats.cache_folder import cache_folder
 from brim.kernels.base import Kernels
 from brim.kernels.select import KernelSelection, select_kernels
+from brim.memory.certificate import Certificate, low_water_bytes
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect
 from brim.worker.device_worker import DeviceWorker
@@ -58,7 +63,32 @@ def build_engine_core(config: BrimConfig, on_progress: Callable[[StartupProgress
         seed=config.model.seed,
     )
     info = _describe(config, platform, worker, selections[-1], time.perf_counter() - started)
+    info["certificate"] = _certify(config, platform, worker)
     return core, info
+
+
+def _certify(config: BrimConfig, platform: Platform, worker: DeviceWorker) -> str | None:
+    """Write the certificate of this start to the cache folder; its path, None where the folder cannot be written."""
+    records = tuple(worker.phase_records)
+    values = {
+        name: str(getattr(getattr(config, section), name)) for name, (section, _) in known_fields().items() if section != "server"
+    }
+    certificate = Certificate(
+        plan=worker.ready.warm.reserved.loaded.opened.settings.plan,
+        ledger=worker.ledger,
+        phases=records,
+        peak_ours_bytes=worker.ready.peak_bytes,
+        low_water_bytes=low_water_bytes(records),
+        settings=values,
+        sources=config.sources,
+        device=platform.describe(),
+        versions={name: version(name) for name in ("brim", "torch", "numpy")},
+    )
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", config.model.model).strip("-.")[-80:] or "model"
+    try:
+        return str(certificate.write(cache_folder() / "certificates", f"{platform.name}-{name}"))
+    except OSError:
+        return None
 
 
 def _describe(

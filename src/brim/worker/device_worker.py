@@ -7,6 +7,7 @@ from typing import Any
 
 from brim.engine.step import BlockCopy, Executor, StepPlan, StepResult
 from brim.memory.ledger import Ledger
+from brim.memory.profiling import PhaseRecord
 from brim.memory.report import format_start, report_json
 from brim.worker.phases import ReadyWorker
 
@@ -36,6 +37,11 @@ class DeviceWorker(Executor):
     def num_programs(self) -> int:
         """Recorded decode programs."""
         return self._runner.num_programs
+
+    @property
+    def phase_records(self) -> list[PhaseRecord]:
+        """The phases of the start, in order."""
+        return self._profiler.records
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
