@@ -5,6 +5,7 @@ Logits exist for at most `logit_rows` rows at a time, so the buffer is small and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -147,9 +148,11 @@ class Sampler:
 
     def mark_failed(self, count: int) -> None:
         """Set the ids of rows whose hidden state is not finite to -1."""
-        finite = torch.isfinite(self.hidden[:count].sum(dim=-1, dtype=torch.float32))
-        if not bool(finite.all()):
-            self.ids[:count][~finite] = -1
+        hidden = self.hidden[:count]
+        if math.isfinite(hidden.sum(dtype=torch.float32).item()):
+            return
+        finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))
+        self.ids[:count][~finite] = -1
 
     def prompt_logprobs(self, hidden: Tensor, targets: NDArray[np.int64], num_best: int) -> list[TokenLogprobs]:
         """Score targets[n] (the token after each position) against hidden[n, hidden_size], in chunks of logit_rows."""
