@@ -1,0 +1,1 @@
+"""Kernels in portable Triton, with matrix products through torch. `kernels.TritonKernels` is the entry."""

@@ -1,0 +1,101 @@
+"""Launches attention: which of the two kernels a batch needs, over which grid. Owns `AttentionLauncher`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from brim.kernels.base import AttentionBatch
+from brim.kernels.triton.decode_attention import decode_attention_kernel
+from brim.kernels.triton.prefill_attention import prefill_attention_kernel
+from brim.kernels.triton.scratch import KernelLimits, Scratch
+from brim.kernels.triton.tiles import LOG2_E
+from brim.kernels.triton.tuning import AttentionTile, decode_tile, next_power_of_2, prefill_tile
+from brim.units import ceil_div
+
+_COMBINE_ELEMENTS = 8192  # float32 values a program holds while it puts parts together
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLauncher:
+    """Attention over one set of scratch buffers. The launches follow from bounds in the batch, never from its lengths."""
+
+    limits: KernelLimits
+    scratch: Scratch
+    num_parts: int
+
+    def launch(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
+        """Decode attention where a sequence may have one new token, prefill attention where one may have more."""
+        assert batch.num_seqs <= self.limits.max_num_seqs, "more sequences than the kernels were made for"
+        size = cache.element_size()
+        kv_heads, head_dim = cache.shape[3], cache.shape[4]
+        group = q.shape[1] // (kv_heads * head_dim)
+        decodes = batch.max_query_len == 1 or batch.num_seqs > 1
+        if decodes:
+            tile = decode_tile(head_dim, group, size)
+            self.launch_decode(q, cache, batch, scale, softcap, out, tile, self.num_parts)
+        if batch.max_query_len > 1:
+            tile = prefill_tile(head_dim, group, size, batch.max_query_len)
+            self.launch_prefill(q, cache, batch, scale, softcap, out, tile, skip_decodes=decodes)
+
+    def launch_decode(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float,
+        out: Tensor,
+        tile: AttentionTile,
+        num_parts: int,
+    ) -> None:
+        """Sequences with one new token, with this tile and so many shares of the work of a KV head."""
+        kv_heads, head_dim = cache.shape[3], cache.shape[4]
+        group, width = q.shape[1] // (kv_heads * head_dim), next_power_of_2(head_dim)
+        group_pad = next_power_of_2(group)
+        together = max(1, min(next_power_of_2(num_parts), _COMBINE_ELEMENTS // (group_pad * width)))
+        scratch = self.scratch
+        decode_attention_kernel[(num_parts * kv_heads,)](
+            q, cache, out, batch.block_tables, batch.query_start, batch.seq_lens, scratch.sums, scratch.stats, scratch.arrivals,
+            *_factors(scale, softcap), batch.num_seqs, q.stride(0), out.stride(0), batch.block_tables.stride(0),
+            *cache.stride()[:4], PARTS=num_parts, SEQS_PAD=self._seqs_pad, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=group_pad,
+            D=head_dim, D_PAD=width, ROWS=tile.rows, KEYS=tile.keys, TOGETHER=together, BLOCK_SIZE=batch.block_size,
+            WINDOW=batch.window, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def launch_prefill(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float,
+        out: Tensor,
+        tile: AttentionTile,
+        *,
+        skip_decodes: bool,
+    ) -> None:
+        """Sequences of any number of new tokens, with this tile."""
+        kv_heads, head_dim = cache.shape[3], cache.shape[4]
+        group = q.shape[1] // (kv_heads * head_dim)
+        queries = tile.rows // group
+        num_blocks = min(q.shape[0] // queries, batch.num_seqs * ceil_div(batch.max_query_len, queries)) + batch.num_seqs
+        prefill_attention_kernel[(num_blocks * kv_heads,)](
+            q, cache, out, batch.block_tables, batch.query_start, batch.seq_lens, *_factors(scale, softcap), batch.num_seqs,
+            q.stride(0), out.stride(0), batch.block_tables.stride(0), *cache.stride()[:4], SEQS_PAD=self._seqs_pad,
+            KV_HEADS=kv_heads, GROUP=group, D=head_dim, D_PAD=next_power_of_2(head_dim), ROWS=tile.rows, KEYS=tile.keys,
+            BLOCK_SIZE=batch.block_size, WINDOW=batch.window, SOFTCAP=softcap > 0, SKIP_DECODES=skip_decodes,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    @property
+    def _seqs_pad(self) -> int:
+        return next_power_of_2(self.limits.max_num_seqs)
+
+
+def _factors(scale: float, softcap: float) -> tuple[float, float]:
+    """(inner, outer) of `tiles.scaled_scores`."""
+    if softcap > 0:
+        return scale / softcap, softcap * LOG2_E
+    return 1.0, scale * LOG2_E

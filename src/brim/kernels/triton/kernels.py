@@ -1,0 +1,251 @@
+"""The Triton backend: each kernel of the contract on an accelerator. Owns `TritonKernels`.
+
+No call allocates device memory or waits for the device, and every call can be captured in a CUDA graph. Two things happen at
+the first call of each kind and belong in warm-up: Triton compiles and loads a kernel (one variant per dtype and class of
+shape, see `tuning`), and the matrix library takes its workspace, once per stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from brim.errors import DeviceError
+from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch
+from brim.kernels.torch_ref import TorchLinearWeight
+from brim.kernels.triton import dense
+from brim.kernels.triton.attention import AttentionLauncher
+from brim.kernels.triton.logprobs import count_ids_kernel, penalize_kernel, top_logprobs_kernel
+from brim.kernels.triton.matmul import matmul_kernel
+from brim.kernels.triton.rope import rope_and_cache_kernel
+from brim.kernels.triton.sampling import chunk_best_kernel, chunk_sum_kernel, pick_kernel, threshold_kernel
+from brim.kernels.triton.scratch import KernelLimits, Scratch
+from brim.kernels.triton.tuning import (
+    ELEMENTWISE_BLOCK,
+    ELEMENTWISE_WARPS,
+    SAMPLE_CHUNK,
+    SEARCH_BLOCK,
+    SEARCH_WARPS,
+    next_power_of_2,
+    norm_warps,
+    rope_heads,
+)
+from brim.units import ceil_div
+
+_INTERPRETER_CORES = 2
+
+
+class TritonKernels(Kernels):
+    """Every kernel of the contract on one device, which must be torch's current one.
+
+    limits sizes the scratch memory, all of it allocated here. A device without Triton's compiler is a DeviceError.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device | str, limits: KernelLimits) -> None:
+        self.device = torch.device(device)
+        self.limits = limits
+        self.num_cores = core_count(self.device)
+        self._scratch = Scratch(limits, self.num_cores, self.device)
+        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.num_cores))
+        self._wide_products = _has_wide_products(self.device)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch.num_bytes
+
+    # weights
+    def new_linear(self, out_features: int, in_features: int, dtype: torch.dtype) -> LinearWeight:
+        return TorchLinearWeight(out_features, in_features, dtype, self.device)
+
+    def linear_num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        return out_features * in_features * dtype.itemsize
+
+    # dense
+    def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
+        """See the contract. A bias is added to the product after that was rounded to out's dtype."""
+        matrix = _matrix(weight)
+        if out.dtype == matrix.dtype:
+            torch.mm(x, matrix.t(), out=out)
+        elif self._wide_products:
+            torch.mm(x, matrix.t(), out_dtype=out.dtype, out=out)
+        else:
+            _multiply(x, matrix, out, bias)
+            return
+        if bias is not None:
+            grid = (out.shape[0], ceil_div(out.shape[1], ELEMENTWISE_BLOCK))
+            dense.add_bias_kernel[grid](
+                out, bias, out.stride(0), WIDTH=out.shape[1], BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS
+            )
+
+    def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
+        rounded = torch.tensor(scale, dtype=out.dtype, device="cpu").item()
+        self._gather(_matrix(weight), ids, out, rounded, scaled=scale != 1.0)
+
+    def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
+        self._gather(x, rows, out, 1.0, scaled=False)
+
+    def _gather(self, source: Tensor, rows: Tensor, out: Tensor, scale: float, *, scaled: bool) -> None:
+        width = out.shape[1]
+        dense.gather_kernel[(out.shape[0], ceil_div(width, ELEMENTWISE_BLOCK))](
+            source, rows, out, scale, source.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, SCALED=scaled,
+            num_warps=ELEMENTWISE_WARPS,
+        )  # fmt: skip
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        rows, width = x.shape
+        dense.rms_norm_kernel[(rows,)](
+            x,
+            weight,
+            out,
+            eps,
+            x.stride(0),
+            out.stride(0),
+            WIDTH=width,
+            BLOCK=next_power_of_2(width),
+            num_warps=norm_warps(width),
+        )
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, post_weight: Tensor | None = None
+    ) -> None:
+        rows, width = x.shape
+        dense.add_rms_norm_kernel[(rows,)](
+            x, residual, weight, weight if post_weight is None else post_weight, out, eps, x.stride(0), residual.stride(0),
+            out.stride(0), WIDTH=width, BLOCK=next_power_of_2(width), HAS_POST=post_weight is not None,
+            num_warps=norm_warps(width),
+        )  # fmt: skip
+
+    def gated_activation(self, gate_up: Tensor, out: Tensor, activation: Activation) -> None:
+        rows, width = out.shape
+        dense.gated_activation_kernel[(rows, ceil_div(width, ELEMENTWISE_BLOCK))](
+            gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, GELU=activation == "gelu_tanh",
+            num_warps=ELEMENTWISE_WARPS,
+        )  # fmt: skip
+
+    # attention
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """See the contract. q_norm and k_norm come together or not at all."""
+        assert (q_norm is None) == (k_norm is None), "one of two head norms"
+        _, _, block_size, kv_heads, head_dim = kv_cache.shape
+        num_tokens = qkv.shape[0]
+        heads = min(rope_heads(num_tokens), next_power_of_2(kv_heads))
+        blocks = ceil_div(num_heads, heads) + 2 * ceil_div(kv_heads, heads)
+        unused = cos_sin  # a pointer nothing reads through
+        rope_and_cache_kernel[(num_tokens, blocks)](
+            qkv, positions, cos_sin, kv_cache, slot_mapping, unused if q_norm is None else q_norm,
+            unused if k_norm is None else k_norm, eps, qkv.stride(0), cos_sin.stride(0), *kv_cache.stride()[:4], HEADS=num_heads,
+            KV_HEADS=kv_heads, HALF=head_dim // 2, HALF_PAD=next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size,
+            HEADS_BLOCK=heads, NORMED=q_norm is not None, num_warps=1 if heads <= 2 else 4,
+        )  # fmt: skip
+
+    def attention(self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
+        """See the contract. Sequences with one new token go through split-KV attention, the others through prefill
+        attention, in any mix and order; rows of sequences of length 0 are written as zeros."""
+        self._attention.launch(q, kv_cache, batch, scale, softcap, out)
+
+    # logits
+    def penalize(
+        self, logits_row: Tensor, prompt_ids: Tensor, output_ids: Tensor, repetition: float, presence: float, frequency: float
+    ) -> None:
+        """See the contract. All tensors on the device."""
+        counts = self._scratch.counts
+        if repetition != 1.0:
+            _count(prompt_ids, counts, from_prompt=True)
+        _count(output_ids, counts, from_prompt=False)
+        vocab = logits_row.shape[0]
+        penalize_kernel[(ceil_div(vocab, ELEMENTWISE_BLOCK),)](
+            logits_row, counts, float(repetition), float(presence), float(frequency), vocab, BLOCK=ELEMENTWISE_BLOCK,
+            num_warps=ELEMENTWISE_WARPS,
+        )  # fmt: skip
+
+    def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
+        """See the contract. Values tied with the last one kept are kept; the launches depend on R and all_greedy only."""
+        rows, vocab = logits.shape
+        assert rows <= self.limits.max_num_seqs and vocab <= self.limits.vocab_size, "more than the kernels were made for"
+        scratch, stride = self._scratch, logits.stride(0)
+        line, chunks = scratch.best_value.stride(0), ceil_div(vocab, SAMPLE_CHUNK)
+        padded = next_power_of_2(chunks)
+        chunk_best_kernel[(rows, chunks)](
+            logits, scratch.best_value, scratch.best_id, vocab, stride, line, CHUNK=SAMPLE_CHUNK, num_warps=4
+        )
+        if not batch.all_greedy:
+            threshold_kernel[(rows,)](
+                logits, scratch.best_value, scratch.threshold, batch.temperature, batch.top_k, batch.top_p, batch.min_p, vocab,
+                stride, line, chunks, CHUNKS_PAD=padded, BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
+            )  # fmt: skip
+            chunk_sum_kernel[(rows, chunks)](
+                logits, scratch.best_value, scratch.threshold, scratch.chunk_sum, batch.temperature, vocab, stride, line, chunks,
+                CHUNKS_PAD=padded, CHUNK=SAMPLE_CHUNK, num_warps=4,
+            )  # fmt: skip
+        pick_kernel[(rows,)](
+            logits, scratch.best_value, scratch.best_id, scratch.threshold, scratch.chunk_sum, batch.temperature, batch.seed,
+            batch.position, out_ids, vocab, stride, line, chunks, CHUNKS_PAD=padded, CHUNK=SAMPLE_CHUNK,
+            GREEDY=batch.all_greedy, num_warps=4,
+        )  # fmt: skip
+
+    def top_logprobs(
+        self, logits: Tensor, chosen: Tensor, out_chosen: Tensor, out_rank: Tensor, out_ids: Tensor, out_values: Tensor
+    ) -> None:
+        """See the contract. Equal values are listed by id; the rank counts strictly larger ones. Each place is a pass over the row."""
+        rows, vocab = logits.shape
+        top_logprobs_kernel[(rows,)](
+            logits, chosen, out_chosen, out_rank, out_ids, out_values, vocab, logits.stride(0), out_ids.stride(0),
+            out_values.stride(0), out_ids.shape[1], BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
+        )  # fmt: skip
+
+
+def core_count(device: torch.device) -> int:
+    """Multiprocessors of the device; a token number for the interpreter on a CPU. Raises DeviceError where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if device.type == "xpu":
+        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
+    if device.type == "cpu":
+        return _INTERPRETER_CORES
+    raise DeviceError(f"Triton kernels do not run on {device.type}")
+
+
+def _has_wide_products(device: torch.device) -> bool:
+    """Whether the matrix library writes float32 products of 16-bit matrices (tried once, on 8 x 8)."""
+    small = torch.zeros(8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(small, small, out_dtype=torch.float32, out=torch.empty(8, 8, device=device))
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _multiply(x: Tensor, matrix: Tensor, out: Tensor, bias: Tensor | None) -> None:
+    """The product with float32 results, by our own kernel."""
+    rows, (cols, depth) = x.shape[0], matrix.shape
+    block = 16 if rows <= 16 else 64
+    matmul_kernel[(ceil_div(cols, 64), ceil_div(rows, block))](
+        x, matrix, matrix if bias is None else bias, out, rows, x.stride(0), matrix.stride(0), out.stride(0), COLS=cols,
+        DEPTH=depth, ROWS_BLOCK=block, COLS_BLOCK=64, DEPTH_BLOCK=64, HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
+    )  # fmt: skip
+
+
+def _count(ids: Tensor, counts: Tensor, *, from_prompt: bool) -> None:
+    if ids.numel():
+        grid = (ceil_div(ids.numel(), ELEMENTWISE_BLOCK),)
+        count_ids_kernel[grid](
+            ids, counts, ids.numel(), FROM_PROMPT=from_prompt, BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS
+        )
+
+
+def _matrix(weight: LinearWeight) -> Tensor:
+    assert isinstance(weight, TorchLinearWeight), "a weight of another backend"
+    return weight.storage

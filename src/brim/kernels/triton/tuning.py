@@ -1,0 +1,73 @@
+"""Fixed launch choices per class of shape, measured once. Owns block sizes, warps and stages; nothing is searched at start-up.
+
+Measured on an NVIDIA H100; the record lies in benchmarks/results. A choice depends only on what is known when a graph is
+captured (head sizes, element size, bounds of the batch), never on the lengths inside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """Tile of an attention kernel: rows are packed (query, head of the group) pairs, keys are cache positions."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least value: 80 -> 128, 1 -> 1."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def decode_tile(head_dim: int, group: int, element_bytes: int) -> AttentionTile:
+    """Tile of split-KV decode attention for one query per sequence and `group` heads per KV head."""
+    rows = max(16, next_power_of_2(group))
+    width = next_power_of_2(head_dim)
+    if element_bytes == 4:
+        return AttentionTile(rows, 16 if width > 128 else 32, 4, 2)
+    if width > 128:
+        return AttentionTile(rows, 32, 4, 3)
+    return AttentionTile(rows, 64, 4, 3)
+
+
+DECODE_PROGRAMS_PER_CORE = 2
+
+
+def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: int) -> AttentionTile:
+    """Tile of prefill attention. Three classes by the packed rows of the longest query: 16, 64 and more."""
+    width = next_power_of_2(head_dim)
+    least = max(16, next_power_of_2(group))
+    packed = max_query_len * group
+    if element_bytes == 4:
+        return AttentionTile(max(16 if width > 128 else 32, least), 16 if width > 128 else 32, 4, 2)
+    if packed <= 16:
+        return AttentionTile(max(16, least), 64 if width <= 128 else 32, 4, 3)
+    if packed <= 64 or width > 128:
+        return AttentionTile(max(64, least), 64 if width <= 128 else 32, 4, 3)
+    return AttentionTile(max(128, least), 64, 8, 3)
+
+
+def norm_warps(width: int) -> int:
+    """Warps for one row of `width` elements held in registers."""
+    return 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+ELEMENTWISE_BLOCK = 1024
+ELEMENTWISE_WARPS = 4
+
+ROPE_SMALL_TOKENS = 64  # up to so many tokens a program takes one head each, so that a small batch fills the chip
+
+
+def rope_heads(num_tokens: int) -> int:
+    """Heads one program of rope_and_cache handles; two classes of T."""
+    return 1 if num_tokens <= ROPE_SMALL_TOKENS else 8
+
+
+SAMPLE_CHUNK = 4096  # ids one program reduces
+SEARCH_BLOCK = 4096
+SEARCH_WARPS = 16
