@@ -32,7 +32,7 @@ def parse_bytes(text: str) -> int:
     if match is None or factor is None:
         raise ConfigError(f"'{text}' is not a size; write for example 40GiB, 512MiB or a number of bytes.")
     decimals = match.group(2) or ""
-    return int(match.group(1) + decimals) * factor // 10 ** len(decimals)
+    return int(int(match.group(1) + decimals) * factor // 10 ** len(decimals))
 
 
 def format_bytes(num_bytes: int) -> str:
