@@ -48,7 +48,7 @@ class _Routes:
         self._max_body_bytes = config.server.max_body_bytes
         self._created_s = int(time.time())
         self._metrics = ServerMetrics(engine)
-        self._prompts = Prompts(front, lambda: int(engine.info.get("max_model_len", 0)))
+        self._prompts = Prompts(front, lambda: engine.info)
         self._completions = Completions(engine, front, self._prompts, self._metrics)
         self._chat = ChatCompletions(engine, front, self._prompts, self._metrics)
 
@@ -133,11 +133,8 @@ class _Routes:
         self._prompts.check_model(body.model)
         if self._front.tokenizer is None:
             raise RequestError("This model has no tokenizer.", param="tokens")
-        vocab_size = int(self._engine.info.get("vocab_size", 1 << 31))
-        wrong = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise InvalidParameter(f"Token id {wrong} is outside the vocabulary (0 to {vocab_size - 1}).", param="tokens")
-        return _json({"prompt": self._front.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        ids = self._prompts.checked(body.tokens, "tokens")
+        return _json({"prompt": self._front.tokenizer.decode(ids, skip_special_tokens=False)})
 
 
 def _json(value: Any) -> Response:

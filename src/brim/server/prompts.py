@@ -32,11 +32,11 @@ class EncodedPrompt:
 
 
 class Prompts:
-    """Encodes for one model of `max_model_len` tokens."""
+    """Encodes for one model. info: what its engine says of itself (max_model_len, vocab_size)."""
 
-    def __init__(self, front: ServerFront, max_model_len: Callable[[], int]) -> None:
+    def __init__(self, front: ServerFront, info: Callable[[], Mapping[str, Any]]) -> None:
         self._front = front
-        self._max_model_len = max_model_len
+        self._info = info
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError 404 for a model that is not served."""
@@ -56,7 +56,7 @@ class Prompts:
             raise InvalidParameter(f"{len(each)} prompts times n {n} is more than {MOST_SEQUENCES} sequences.", param="prompt")
         encoded = []
         for one in each:
-            ids = one if isinstance(one, list) else await self.encode(one, add_special_tokens=add_special_tokens)
+            ids = self.checked(one) if isinstance(one, list) else await self.encode(one, add_special_tokens=add_special_tokens)
             self._check_length(ids)
             encoded.append(EncodedPrompt(one if isinstance(one, str) else None, ids))
         return encoded
@@ -87,8 +87,17 @@ class Prompts:
         _check_messages(messages)
         return await _run(lambda: self._front.encode_chat(messages, **settings), _IN_THREAD_FROM)
 
+    def checked(self, ids: list[int], param: str = "prompt") -> list[int]:
+        """The ids, each one of the vocabulary. Raises InvalidParameter."""
+        vocab_size = int(self._info().get("vocab_size", 1 << 31))
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            shown = wrong if abs(wrong) < 1 << 64 else "of that size"
+            raise InvalidParameter(f"Token id {shown} is outside the vocabulary (0 to {vocab_size - 1}).", param=param)
+        return ids
+
     def _check_length(self, ids: Sequence[int]) -> None:
-        most = self._max_model_len()
+        most = int(self._info().get("max_model_len", 0))
         if not ids:
             raise InvalidParameter("The prompt is empty: it must have at least one token.", param="prompt")
         if most and len(ids) >= most:

@@ -7,6 +7,7 @@ from brim.errors import InvalidParameter
 from brim.server.openai_types import ChatRequest, CompletionRequest, GenerationRequest
 
 DEFAULT_COMPLETION_TOKENS = 16
+_MOST_PRIORITY = 1_000_000
 
 
 def completion_params(request: CompletionRequest) -> SamplingParams:
@@ -34,7 +35,8 @@ def _params(
 ) -> SamplingParams:
     if request.stream_options is not None and not request.stream:
         raise InvalidParameter("stream_options needs stream true.", param="stream_options")
-    min_tokens = request.min_tokens
+    if abs(request.priority) > _MOST_PRIORITY:
+        raise InvalidParameter(f"priority must be from -{_MOST_PRIORITY} to {_MOST_PRIORITY}.", param="priority")
     return SamplingParams(
         n=request.n,
         temperature=request.temperature,
@@ -47,7 +49,7 @@ def _params(
         logit_bias={_token_id(key): bias for key, bias in request.logit_bias.items()},
         seed=request.seed,
         max_tokens=max_tokens,
-        min_tokens=min_tokens,
+        min_tokens=request.min_tokens,
         stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop),
         stop_token_ids=tuple(request.stop_token_ids),
         include_stop_str_in_output=request.include_stop_str_in_output,
