@@ -77,6 +77,7 @@ def run(
         if memory_report:
             from brim.cli.tables import print_memory
 
+            print(file=sys.stderr)
             print_memory(llm.memory())
 
 

@@ -246,9 +246,10 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
             opened.platform.release_unused()
         record = opened.profiler.records[-1]
         held_bytes = record.after.reading.ours_bytes
-        over = max(record.peak_ours_bytes, held_bytes + heap_bytes) - plan.ceiling_bytes
+        needed_bytes = max(record.peak_ours_bytes, held_bytes + heap_bytes)
+        over = needed_bytes - plan.ceiling_bytes
         if over <= 0:
-            kept = replace(plan, cap_bytes=max(plan.cap_bytes, record.peak_ours_bytes))
+            kept = replace(plan, cap_bytes=max(plan.cap_bytes, needed_bytes))  # only "enough" may move its cap
             opened.platform.set_cap(kept.cap_bytes)
             return ReadyWorker(committed, kept, held_bytes, record.peak_ours_bytes)
         plan = plan.settle(plan.ceiling_bytes - cache.committed_bytes + over)
