@@ -11,17 +11,33 @@ from brim.memory.kv_layout import KVGroup, KVLayout
 
 
 class KVCache:
-    """Arenas in group order. Only the committed prefix of a layer view may be touched."""
+    """Arenas in group order. Only the committed prefix of a layer view may be touched.
+
+    make_arenas builds one arena a group for that many blocks; make_views one view a layer of the group over its arena.
+    """
 
     def __init__(
-        self, layout: KVLayout, arenas: Sequence[Arena], make_views: Callable[[Arena, KVLayout, KVGroup], list[Tensor]]
+        self,
+        layout: KVLayout,
+        blocks: Sequence[int],
+        make_arenas: Callable[[Sequence[int]], list[Arena]],
+        make_views: Callable[[Arena, KVLayout, KVGroup], list[Tensor]],
     ) -> None:
         self.layout = layout
-        self._arenas = tuple(arenas)
+        self.layer_views: list[Tensor] = []
+        self._make_arenas = make_arenas
+        self._make_views = make_views
+        self._arenas: list[Arena] = []
+        self.rebuild(blocks)
+
+    def rebuild(self, blocks: Sequence[int]) -> None:
+        """Give everything back and build anew for `blocks`: addresses change, so whatever was recorded over them is void."""
+        self.close()
+        self._arenas = self._make_arenas(blocks)
         views: dict[int, Tensor] = {}
-        for arena, group in zip(self._arenas, layout.groups, strict=True):
-            views.update(zip(group.layers, make_views(arena, layout, group), strict=True))
-        self.layer_views = [views[layer] for layer in sorted(views)]
+        for arena, group in zip(self._arenas, self.layout.groups, strict=True):
+            views.update(zip(group.layers, self._make_views(arena, self.layout, group), strict=True))
+        self.layer_views.extend(views[layer] for layer in sorted(views))
 
     @property
     def committed_blocks(self) -> tuple[int, ...]:
@@ -48,6 +64,7 @@ class KVCache:
 
     def close(self) -> None:
         """Give the memory and the address ranges back; the views must not be used any more."""
-        self.layer_views = []
+        self.layer_views.clear()
         for arena in self._arenas:
             arena.close()
+        self._arenas = []

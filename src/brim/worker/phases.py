@@ -201,10 +201,8 @@ def capture(measured: MeasuredWorker) -> CapturedWorker:
     """Record decode programs over the final addresses, where the kernels can and the mode asks for it."""
     worker = measured.warm
     opened = worker.reserved.loaded.opened
-    settings = opened.settings
     with opened.phase("capture", "recording decode programs", "graphs", "recorded decode programs"):
-        if settings.record_programs:
-            worker.runner.record_decode(opened.kernels, settings.limits.max_num_seqs)
+        _record(worker)
     return CapturedWorker(measured, opened.profiler.records[-1].change.ours_bytes)
 
 
@@ -221,7 +219,7 @@ def commit(captured: CapturedWorker) -> CommittedWorker:
         held = opened.platform.reading().ours_bytes - before_bytes
         plan = settings.plan.settle(held + max(measured.transient_bytes, settings.heap_bytes))
         opened.platform.set_cap(plan.cap_bytes)
-        cache.resize(plan.kv_blocks)
+        _hold(measured.warm, plan.kv_blocks)
         scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
     return CommittedWorker(captured, plan)
 
@@ -240,7 +238,7 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
         ) as scope:
             before_bytes = cache.committed_bytes
             if before_bytes != plan.kv_bytes:
-                cache.resize(plan.kv_blocks)
+                _hold(worker, plan.kv_blocks)
                 scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
             _run_worst_steps(worker, opened, "prove")
             opened.platform.release_unused()
@@ -258,6 +256,22 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
     )
 
 
+def _record(worker: WarmWorker) -> None:
+    """Record decode programs over the cache's present addresses, where the settings ask for them."""
+    opened = worker.reserved.loaded.opened
+    if opened.settings.record_programs:
+        worker.runner.record_decode(opened.kernels, opened.settings.limits.max_num_seqs)
+
+
+def _hold(worker: WarmWorker, blocks: Sequence[int]) -> None:
+    """Make the cache exactly this large; without reserve/commit that means built anew, and programs recorded again."""
+    if worker.reserved.loaded.opened.platform.capabilities.reserve_commit:
+        worker.reserved.cache.resize(blocks)
+    elif tuple(blocks) != worker.reserved.cache.committed_blocks:
+        worker.reserved.cache.rebuild(blocks)
+        _record(worker)
+
+
 def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice, phase: str) -> None:
     settings = opened.settings
     blocks = worker.reserved.cache.committed_blocks
@@ -269,8 +283,12 @@ def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice, phase: str) -> No
 
 def _new_cache(opened: OpenedDevice, blocks: Sequence[int]) -> KVCache:
     layout, dtype = opened.settings.layout, opened.settings.dtype
-    arenas = new_arenas(opened.platform, layout, blocks)
-    return KVCache(layout, arenas, lambda arena, of, group: group_views(arena, of, group, dtype))
+    return KVCache(
+        layout,
+        blocks,
+        lambda counts: new_arenas(opened.platform, layout, counts),
+        lambda arena, of, group: group_views(arena, of, group, dtype),
+    )
 
 
 def _buffer_views(model: Model, max_tokens: int, plan: WorkspacePlan, workspace: Tensor) -> dict[str, Tensor]:

@@ -44,7 +44,10 @@ class ModelRunner:
         return len(self._programs)
 
     def record_decode(self, kernels: Kernels, max_num_seqs: int) -> None:
-        """Record the whole decode step, sampling included, for each batch size whose logits fit the buffer at once."""
+        """Record the whole decode step, sampling included, for each batch size whose logits fit the buffer at once.
+
+        What was recorded before is forgotten."""
+        self._programs.clear()
         self._programs.record(kernels, min(max_num_seqs, self._sampler.logit_rows), self._decode_body)
 
     def _decode_body(self, num_seqs: int, all_greedy: bool) -> None:
