@@ -35,7 +35,7 @@ from brim.engine.messages import (
     ToEngine,
 )
 from brim.engine.transport import EngineChannel, ZmqEngineChannel
-from brim.errors import BrimError
+from brim.errors import BrimError, MemoryBudgetError, OutOfDeviceMemory
 
 BuildCore = Callable[[BrimConfig, Callable[[StartupProgress], None]], tuple[EngineCore, dict[str, Any]]]
 _PR_SET_PDEATHSIG = 1
@@ -64,7 +64,7 @@ def run_engine_process(build: BuildCore) -> int:
         finally:
             core.close()
     except BrimError as error:
-        channel.send(EngineFailed(type(error).__name__, str(error)))
+        channel.send(describe_failure(error))
         return 1
     except Exception as error:
         channel.send(EngineFailed("EngineError", f"internal error, a bug in Brim: {type(error).__name__}: {error}."))
@@ -72,6 +72,14 @@ def run_engine_process(build: BuildCore) -> int:
     finally:
         channel.close()
     return 0
+
+
+def describe_failure(error: BrimError) -> EngineFailed:
+    """An error as it crosses to the parent, which raises it there (`supervisor.named_error`)."""
+    kind = type(error).__name__
+    if isinstance(error, (MemoryBudgetError, OutOfDeviceMemory)):
+        return EngineFailed(kind, str(error.args[0]), error.nearest, error.ledger)
+    return EngineFailed(kind, str(error))
 
 
 def serve_engine(core: EngineCore, info: dict[str, Any], channel: EngineChannel) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from brim.engine.sampling_params import SamplingParams
+from brim.memory.ledger import Ledger
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -81,10 +82,14 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The engine could not start or died of an error it could still report. kind: the BrimError subclass name."""
+    """The engine could not start or died of an error it could still report. kind: the BrimError subclass name.
+
+    nearest and ledger: of a memory error."""
 
     kind: str
     message: str
+    nearest: tuple[str, ...] = ()
+    ledger: Ledger | None = None
 
 
 class StartupProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -24,7 +24,7 @@ from brim.config.schema import BrimConfig
 from brim.engine.engine_process import EngineLaunch
 from brim.engine.messages import ControlCall, EngineFailed, EngineReady, FromEngine, StartupProgress, ToEngine
 from brim.engine.transport import FrontChannel
-from brim.errors import BrimError, EngineDead, EngineError
+from brim.errors import BrimError, EngineDead, EngineError, MemoryBudgetError, OutOfDeviceMemory
 
 ENGINE_COMMAND = (sys.executable, "-m", "brim.engine_main")
 State = Literal["starting", "ready", "down", "stopped"]
@@ -232,6 +232,8 @@ class Supervisor:
                 self._ready_s = time.monotonic()
                 if not started.done():
                     started.set_result(message.info)
+                else:
+                    print("brim: the engine is back.", file=sys.stderr, flush=True)
             elif isinstance(message, StartupProgress):
                 self._on_progress(message)
             else:
@@ -248,14 +250,21 @@ class Supervisor:
             self.on_down(EngineDead(f"The engine process died while it served this request: {how}."))
 
 
-def _start_error(failure: EngineFailed | None, how: str) -> BrimError:
-    """The BrimError that the engine named, or that it said nothing."""
-    if failure is None:
-        return EngineError(f"The engine process could not start: {how}. Its own output says more.")
+def named_error(failure: EngineFailed) -> BrimError:
+    """The BrimError that an engine process reported."""
     kind = getattr(errors, failure.kind, None)
-    if isinstance(kind, type) and issubclass(kind, BrimError):
-        return kind(failure.message)
-    return EngineError(failure.message)
+    if not isinstance(kind, type) or not issubclass(kind, BrimError):
+        return EngineError(failure.message)
+    if issubclass(kind, (MemoryBudgetError, OutOfDeviceMemory)):
+        return kind(failure.message, ledger=failure.ledger, nearest=failure.nearest)
+    return kind(failure.message)
+
+
+def _start_error(failure: EngineFailed | None, how: str) -> BrimError:
+    """What stopped the first start: what the engine said, or that it said nothing."""
+    if failure is not None:
+        return named_error(failure)
+    return EngineError(f"The engine process could not start: {how}. Its own output says more.")
 
 
 def _ignore(_: object) -> None:

@@ -133,7 +133,13 @@ class LetterExecutor(FakeExecutor):
 
     def memory_report(self) -> dict[str, Any]:
         line = {"category": "kv_cache", "owner": "KV cache", "bytes": 4096, "known_by": "computed"}
-        return {"cap_bytes": 8192, "held_bytes": 4096, "ledger": [line, line], "kv": {"max_model_len": MAX_MODEL_LEN}, "phases": []}
+        return {
+            "cap_bytes": 8192,
+            "held_bytes": 4096,
+            "ledger": [line, line],
+            "kv": {"max_model_len": MAX_MODEL_LEN},
+            "phases": [],
+        }
 
 
 def build_letter_core(

@@ -1,0 +1,163 @@
+"""The engine process's loop and what crosses its socket; whole processes are in tests/e2e."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from brim.config.schema import BrimConfig, MemoryConfig, MemoryRequest, ModelConfig, ServerConfig
+from brim.engine.engine_process import EngineLaunch, describe_failure, serve_engine
+from brim.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    ControlCall,
+    ControlReply,
+    EngineReady,
+    FromEngine,
+    StepOutputs,
+    ToEngine,
+)
+from brim.engine.sampling_params import SamplingParams
+from brim.engine.supervisor import RestartPolicy, named_error
+from brim.engine.transport import FrontChannel, ZmqEngineChannel
+from brim.errors import DeviceLost, EngineError, MemoryBudgetError, PromptTooLong
+from brim.memory.ledger import Ledger, LedgerLine
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias={3: 1.5}, stop=("a",), stop_token_ids=(9,))
+
+
+class ListChannel:
+    """An EngineChannel of lists: each blocking receive gives the next batch; a shutdown when there is none."""
+
+    def __init__(self, *batches: list[ToEngine]) -> None:
+        self.batches = deque(batches)
+        self.sent: list[FromEngine] = []
+        self.num_blocked = 0
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        if not block:
+            return []
+        self.num_blocked += 1
+        return self.batches.popleft() if self.batches else [ControlCall(99, "shutdown")]
+
+    def send(self, message: FromEngine) -> None:
+        self.sent.append(message)
+
+    def close(self) -> None:
+        pass
+
+    def tokens(self, request_id: str) -> list[int]:
+        steps = [message.outputs for message in self.sent if isinstance(message, StepOutputs)]
+        return [
+            token for outputs in steps for output in outputs if output.request_id == request_id for token in output.new_token_ids
+        ]
+
+
+def test_the_loop_serves_and_blocks_only_when_idle(rig: Callable[..., Any]) -> None:
+    engine = rig()
+    add = AddRequest("a", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True), 0.0)
+    channel = ListChannel([add], [ControlCall(1, "stats"), ControlCall(2, "memory"), ControlCall(3, "nonsense")])
+    serve_engine(engine.core, {"vocab_size": 50}, channel)
+    assert channel.sent[0] == EngineReady({"vocab_size": 50})
+    assert channel.tokens("a") == engine.executor.alone([5, 6, 7], add.params, seed=0, max_total_tokens=8)
+    assert channel.num_blocked == 3
+    stats, memory, nonsense, bye = [message for message in channel.sent if isinstance(message, ControlReply)]
+    assert stats.result["num_requests"] == 1
+    assert stats.result["kv"]["groups"] == memory.result["kv"]["groups"]
+    assert "nonsense" in (nonsense.error or "")
+    assert bye == ControlReply(99, {})
+
+
+def test_an_abort_ends_a_sequence(rig: Callable[..., Any]) -> None:
+    channel = ListChannel([AddRequest("a", [5], GREEDY, 0.0), AbortRequest("a"), AbortRequest("unknown")])
+    serve_engine(rig().core, {}, channel)
+    (step,) = [message for message in channel.sent if isinstance(message, StepOutputs)]
+    assert [output.finish_reason for output in step.outputs] == ["abort"]
+
+
+def test_a_drain_refuses_what_comes_later(rig: Callable[..., Any]) -> None:
+    channel = ListChannel([ControlCall(1, "drain")], [AddRequest("a", [5], GREEDY, 0.0)])
+    serve_engine(rig().core, {}, channel)
+    (step,) = [message for message in channel.sent if isinstance(message, StepOutputs)]
+    assert "shutting down" in (step.outputs[0].error or "")
+
+
+@pytest.mark.parametrize("fault", [DeviceLost("gone"), RuntimeError("broken")])
+def test_what_the_core_cannot_survive_leaves_the_loop(rig: Callable[..., Any], fault: Exception) -> None:
+    engine = rig(faults={0: fault}, max_failed_steps=1)
+    expected = type(fault) if isinstance(fault, DeviceLost) else EngineError
+    with pytest.raises(expected):
+        serve_engine(engine.core, {}, ListChannel([AddRequest("a", [5], GREEDY, 0.0)]))
+
+
+def test_messages_cross_a_private_socket_unchanged() -> None:
+    messages: list[ToEngine] = [AddRequest("ä#0", [1, 2], GREEDY, 1.5, -3), AbortRequest("b"), ControlCall(7, "stats", {"a": 1})]
+    answer = ControlReply(7, {"count": 3, "ratio": 0.5, "list": [1, None]})
+
+    async def front(channel: FrontChannel) -> FromEngine:
+        for message in messages:
+            channel.send(message)
+        return await asyncio.wait_for(channel.receive(), 5)
+
+    async def both() -> None:
+        channel = FrontChannel()
+        folder = Path(channel.address.removeprefix("ipc://")).parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        got: list[ToEngine] = []
+        engine = threading.Thread(target=answer_all, args=(channel.address, got))
+        engine.start()
+        assert await front(channel) == answer
+        await asyncio.to_thread(engine.join, 5)
+        assert got == messages
+        channel.close()
+        assert not folder.exists()
+
+    def answer_all(address: str, got: list[ToEngine]) -> None:
+        channel = ZmqEngineChannel(address)
+        while len(got) < len(messages):
+            got += channel.receive(block=True)
+        assert channel.receive(block=False) == []
+        channel.send(ControlReply(7, {"count": np.int64(3), "ratio": np.float64(0.5), "list": [1, None]}))
+        channel.close()
+
+    asyncio.run(both())
+
+
+def test_the_launch_crosses_stdin_unchanged() -> None:
+    config = BrimConfig(
+        model=ModelConfig(model="demo", max_model_len="auto", served_model_name=("a", "b")),
+        memory=MemoryConfig(memory=MemoryRequest("fraction", per_million=850_000)),
+        server=ServerConfig(port=0),
+        sources={"port": "flag"},
+    )
+    launch = EngineLaunch("ipc:///x", os.getpid(), config)
+    line = msgspec.json.encode(launch)
+    assert b"\n" not in line
+    assert msgspec.json.decode(line, type=EngineLaunch) == launch
+
+
+def test_errors_cross_with_what_they_carry() -> None:
+    ledger = Ledger(10, 20, (LedgerLine("weights", "model", 15, "computed"),))
+    error = MemoryBudgetError("Too small.", ledger=ledger, nearest=["--memory 1GiB"])
+    wire = msgspec.msgpack.encode(describe_failure(error))
+    back = named_error(msgspec.msgpack.decode(wire, type=type(describe_failure(error))))
+    assert isinstance(back, MemoryBudgetError)
+    assert (str(back), back.ledger, back.nearest) == (str(error), ledger, ("--memory 1GiB",))
+    assert isinstance(named_error(describe_failure(PromptTooLong("long"))), PromptTooLong)
+    odd = named_error(msgspec.structs.replace(describe_failure(error), kind="Sequence"))
+    assert type(odd) is EngineError
+
+
+def test_pauses_between_restarts_grow_to_a_limit() -> None:
+    policy = RestartPolicy(first_pause_s=0.5, most_pause_s=3.0)
+    assert [policy.pause_s(count) for count in (1, 2, 3, 4, 1000)] == [0.5, 1.0, 2.0, 3.0, 3.0]
