@@ -104,6 +104,7 @@ def public_surface() -> dict[str, Any]:
         "environment": sorted(f"BRIM_{name.upper()}" for name in {*settings, *_ALIASES, *_NOT_SETTINGS}),
         "flags": {" ".join(verb): flags_of(list(verb)) for verb in verbs()},
         "http": http_surface(),
+        "paths": http_paths(),
         "errors": sorted(name for name, kind in vars(brim.errors).items() if is_error(kind)),
     }
 
@@ -137,6 +138,12 @@ def http_surface() -> dict[str, Any]:
         if isinstance(kind, type) and kind.__module__ == openai_types.__name__ and not name.startswith("_"):
             found[name] = fields_of(kind)
     return {name: fields for name, fields in found.items() if fields}
+
+
+def http_paths() -> list[str]:
+    """Paths the server answers, as its routing names them."""
+    app = ROOT / "src" / "brim" / "server" / "app.py"
+    return sorted(set(re.findall(r'"(/[a-z0-9_/{}:]+)"', app.read_text(encoding="utf-8")))) if app.exists() else []
 
 
 def fields_of(kind: type) -> list[str]:

@@ -58,3 +58,20 @@ def test_generated_files_are_current(what: str) -> None:
     script = ROOT / "scripts" / "generate_docs.py"
     done = subprocess.run([sys.executable, str(script), "--check", what], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Flags of other programs that the pages mention.
+FOREIGN_FLAGS = frozenset({"--check", "--engines", "--models", "--python", "--json", "--output-len"})
+
+
+def test_every_flag_the_pages_name_exists() -> None:
+    known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    unknown = {
+        f"{path.name}: {flag}"
+        for path in pages
+        if path.exists() and path.name != "log.md"
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text(encoding="utf-8"))
+        if flag not in known and flag not in FOREIGN_FLAGS
+    }
+    assert not unknown
