@@ -9,10 +9,12 @@ from typing import Any
 
 from brim.config.model_spec import ModelSpec, spec_from_gguf, spec_from_hf_config
 from brim.config.schema import ModelConfig
-from brim.errors import BrokenModel, ModelNotFound
+from brim.errors import BrokenModel, ModelNotFound, UnsupportedModel
 from brim.formats.gguf import GGUFFile
 from brim.formats.model_files import ModelFiles, open_weights, resolve_model
 from brim.formats.weight_file import WeightSource
+
+_ROPE_TENSOR = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,21 @@ def open_model(config: ModelConfig) -> ModelSource:
     weights = None if dummy and files.kind != "gguf" else open_weights(files)
     if isinstance(weights, GGUFFile):
         shapes = {name: weights.info(name).shape for name in weights.names()}
-        spec = spec_from_gguf(weights.metadata, shapes)
+        spec = spec_from_gguf(weights.metadata, shapes, _rope_divisors(weights))
     else:
         spec = spec_from_hf_config(_read_json(files.config_path))
     eos = dict.fromkeys((*spec.eos_token_ids, *_generation_eos(files.generation_config_path)))
     return ModelSource(files, spec, None if dummy else weights, tuple(eos))
+
+
+def _rope_divisors(weights: GGUFFile) -> list[float]:
+    """The values of `rope_freqs.weight`, where the file has it."""
+    if _ROPE_TENSOR not in weights.tensors:
+        return []
+    if weights.info(_ROPE_TENSOR).ggml_type.name != "F32":
+        raise UnsupportedModel(f"Tensor '{_ROPE_TENSOR}' is not stored as F32; convert the file again.")
+    with weights.tensor_bytes(_ROPE_TENSOR) as view:
+        return [float(value) for value in view.cast("f")]
 
 
 def _generation_eos(path: Path | None) -> tuple[int, ...]:

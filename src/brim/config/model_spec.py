@@ -5,7 +5,7 @@ field names to ours, and refuses what Brim cannot run. Torch-free: planning and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,11 +25,15 @@ _HF_FAMILIES: dict[str, Family] = {
 }
 _GGUF_FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
 _ACTIVATIONS: dict[str, ActivationName] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_DEFAULT_WINDOW = 4096  # of every family that has one
+_MOST_LAYERS = 1024
+_GEMMA3_27B_LAYERS = 62
+_GGUF_EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary embedding of one attention kind. scaling: None, "linear", "llama3", "dynamic"-free set only."""
+    """Rotary embedding of one attention kind. divisors: one a frequency (llama3 scaling as GGUF files store it), or none."""
 
     theta: float
     scaling: Literal["none", "linear", "llama3"] = "none"
@@ -37,6 +41,7 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,37 +98,45 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
     """
     if "text_config" in config and config.get("model_type") == "gemma3":
         outer = config
+        if not isinstance(config["text_config"], Mapping):
+            raise BrokenModel("config.json: 'text_config' is not an object; download the model again.")
         config = {**config["text_config"]}
-        for key in ("eos_token_id", "bos_token_id", "torch_dtype", "dtype"):
+        for key in ("eos_token_id", "bos_token_id", "torch_dtype", "dtype", "quantization_config"):
             config.setdefault(key, outer.get(key))
     model_type = str(config.get("model_type", "missing"))
     family = _HF_FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedModel(f"Architecture '{model_type}' is not supported; Brim runs {', '.join(sorted(set(_HF_FAMILIES)))}.")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, Mapping) else quantisation
         raise UnsupportedModel(f"Quantisation '{method}' is not supported; use the unquantised model or a GGUF file.")
-    return _Reader(config, family).spec()
+    return _Reader(config, family, "config.json").spec()
 
 
 class _Reader:
     """Reads one config.json with defaults as `transformers` documents them, naming what is missing."""
 
-    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
+    def __init__(self, config: Mapping[str, Any], family: Family, where: str, rope_divisors: Sequence[float] = ()) -> None:
         self._config = config
         self._family = family
+        self._where = where
+        self._divisors = tuple(rope_divisors)
 
     def spec(self) -> ModelSpec:
         family = self._family
         gemma = family == "gemma3"
+        self._refuse_features()
         hidden_size = self._count("hidden_size")
         num_heads = self._count("num_attention_heads")
-        head_dim = self._count("head_dim", 256 if gemma else hidden_size // num_heads)
+        head_dim = self._count("head_dim", {"gemma3": 256, "qwen3": 128}.get(family, hidden_size // num_heads))
+        if head_dim % 2:
+            raise BrokenModel(f"{self._where}: 'head_dim' is {head_dim}, which rotary embedding cannot halve.")
         num_kv_heads = self._count("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
-            raise BrokenModel(f"config.json: {num_heads} attention heads cannot be grouped over {num_kv_heads} kv heads.")
+            raise BrokenModel(f"{self._where}: {num_heads} attention heads cannot be grouped over {num_kv_heads} kv heads.")
         kinds, window = self._layer_kinds()
-        scalar = self._config.get("query_pre_attn_scalar", 256) if gemma else head_dim
+        scalar = self._number("query_pre_attn_scalar", 256.0, positive=True) if gemma else float(head_dim)
         bias = bool(self._config.get("attention_bias", False))
         return ModelSpec(
             family=family,
@@ -143,153 +156,214 @@ class _Reader:
             activation=self._activation(),
             tie_word_embeddings=bool(self._config.get("tie_word_embeddings", gemma)),
             attention_bias=bias or family == "qwen2",
-            output_bias=bias and family in ("llama", "gemma3", "qwen3"),
+            output_bias=bool(self._config.get("output_bias", bias and family in ("llama", "gemma3", "qwen3"))),
             mlp_bias=bool(self._config.get("mlp_bias", False)),
             qk_norm=family in ("qwen3", "gemma3"),
             norm_plus_one=gemma,
             sandwich_norms=gemma,
             embedding_scale=math.sqrt(hidden_size) if gemma else 1.0,
-            attention_scale=float(scalar) ** -0.5,
-            attention_softcap=float(self._config.get("attn_logit_softcapping") or 0.0),
-            logit_softcap=float(self._config.get("final_logit_softcapping") or 0.0),
-            bos_token_id=self._bos(),
-            eos_token_ids=_ids(self._config.get("eos_token_id")),
+            attention_scale=scalar**-0.5,
+            attention_softcap=self._number("attn_logit_softcapping", 0.0),
+            logit_softcap=self._number("final_logit_softcapping", 0.0),
+            bos_token_id=next(iter(self._ids("bos_token_id")), None),
+            eos_token_ids=self._ids("eos_token_id"),
             stored_dtype=str(self._config.get("torch_dtype") or self._config.get("dtype") or "bfloat16"),
         )
 
-    def _count(self, key: str, default: int | None = None) -> int:
+    def _refuse_features(self) -> None:
+        """What would silently give other results."""
+        rope = self._config.get("rope_parameters")
+        for source in (self._config, rope if isinstance(rope, Mapping) else {}):
+            if source.get("partial_rotary_factor") not in (None, 1, 1.0):
+                raise UnsupportedModel("Rotary embedding of a part of the head (partial_rotary_factor) is not supported.")
+        if self._config.get("use_bidirectional_attention"):
+            raise UnsupportedModel("An embedding model (use_bidirectional_attention) is not supported; Brim generates text.")
+
+    def _count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
         value = self._config.get(key)
         if value is None:
             value = default
         if value is None:
-            raise BrokenModel(f"config.json has no '{key}'; download the model again.")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise BrokenModel(f"config.json: '{key}' is {value!r}, not a positive whole number.")
+            raise BrokenModel(f"{self._where} has no '{key}'; download the model again.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise BrokenModel(f"{self._where}: '{key}' is {value!r}, not a whole number from 1 to {most}.")
         return value
 
-    def _number(self, key: str, default: float) -> float:
-        value = self._config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BrokenModel(f"config.json: '{key}' is {value!r}, not a number.")
-        return float(value)
+    def _number(self, key: str, default: float, *, positive: bool = False) -> float:
+        value = self._config.get(key)
+        return _number(self._where, key, default if value is None else value, positive=positive)
 
-    def _bos(self) -> int | None:
-        ids = _ids(self._config.get("bos_token_id"))
-        return ids[0] if ids else None
+    def _ids(self, key: str) -> tuple[int, ...]:
+        value = self._config.get(key)
+        ids = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise BrokenModel(f"{self._where}: '{key}' is {value!r}, not a token id or a list of them.")
+        return tuple(dict.fromkeys(ids))
 
     def _activation(self) -> ActivationName:
         gemma = self._family == "gemma3"
         name = self._config.get("hidden_activation") if gemma else None
         name = name or self._config.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise UnsupportedModel(f"Activation '{name}' is not supported; Brim has {', '.join(_ACTIVATIONS)}.")
         return _ACTIVATIONS[name]
 
     def _layer_kinds(self) -> tuple[tuple[AttentionKind, ...], int]:
-        num_layers = self._count("num_hidden_layers")
-        window = int(self._config.get("sliding_window") or (4096 if self._family == "gemma3" else 0))
-        if self._family in ("qwen2", "qwen3") and not self._config.get("use_sliding_window", False):
+        """One kind a layer, and the window (0 where none slides). An absent sliding_window is 4,096, null is none."""
+        num_layers = self._count("num_hidden_layers", most=_MOST_LAYERS)
+        qwen, gemma = self._family in ("qwen2", "qwen3"), self._family == "gemma3"
+        has_window = gemma or self._config.get("sliding_window", _DEFAULT_WINDOW) not in (None, 0)
+        if not has_window or self._family == "llama" or (qwen and not self._config.get("use_sliding_window", False)):
             return (_kind(False),) * num_layers, 0
         kinds: tuple[AttentionKind, ...]
         named = self._config.get("layer_types")
-        if named:
-            kinds = tuple(_kind(k == "sliding_attention") for k in named)
-            if len(kinds) != num_layers:
-                raise BrokenModel(f"config.json: layer_types names {len(kinds)} of {num_layers} layers.")
-        elif self._family == "gemma3":
-            names = ("sliding_window_pattern", "_sliding_window_pattern")
-            pattern = next((int(self._config[n]) for n in names if self._config.get(n)), 6)
+        if named and self._family != "mistral":
+            kinds = self._named_kinds(named, num_layers)
+        elif gemma:
+            keys = ("sliding_window_pattern", "_sliding_window_pattern")
+            pattern = self._count(next((key for key in keys if self._config.get(key)), keys[0]), 6)
             kinds = tuple(_kind((i + 1) % pattern != 0) for i in range(num_layers))
-        elif self._family in ("qwen2", "qwen3"):
-            first = int(self._config.get("max_window_layers", 0))
+        elif qwen:
+            first = int(self._number("max_window_layers", 28))
             kinds = tuple(_kind(i >= first) for i in range(num_layers))
         else:
-            kinds = (_kind(self._family == "mistral" and window > 0),) * num_layers
-        return kinds, window if "sliding" in kinds else 0
+            kinds = (_kind(True),) * num_layers
+        return kinds, self._count("sliding_window", _DEFAULT_WINDOW) if "sliding" in kinds else 0
+
+    def _named_kinds(self, named: Any, num_layers: int) -> tuple[AttentionKind, ...]:
+        if not isinstance(named, (list, tuple)) or len(named) != num_layers:
+            raise BrokenModel(f"{self._where}: layer_types does not name the kinds of {num_layers} layers.")
+        for name in named:
+            if name not in ("full_attention", "sliding_attention"):
+                raise UnsupportedModel(f"Layers of type '{name}' are not supported; Brim has full and sliding attention.")
+        return tuple(_kind(name == "sliding_attention") for name in named)
 
     def _rope(self, kind: str, default_theta: float) -> RopeSpec:
         local = kind == "sliding_attention" and self._family == "gemma3"
-        theta = self._config.get("rope_local_base_freq", default_theta) if local else self._config.get("rope_theta")
-        raw = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
-        if kind in raw:
+        theta = self._number("rope_local_base_freq" if local else "rope_theta", default_theta, positive=True)
+        key = "rope_parameters" if self._config.get("rope_parameters") else "rope_scaling"
+        raw = self._config.get(key) or {}
+        if isinstance(raw, Mapping) and kind in raw:
             raw = raw[kind]
         elif local:
             raw = {}
-        theta = raw.get("rope_theta", theta if theta is not None else default_theta)
+        if not isinstance(raw, Mapping):
+            raise BrokenModel(f"{self._where}: '{key}' is {raw!r}, not an object.")
+
+        def need(name: str, default: float | None = None) -> float:
+            value = raw.get(name, default)
+            if value is None:
+                raise BrokenModel(f"{self._where}: '{key}' has no '{name}'; download the model again.")
+            return _number(self._where, name, value, positive=True)
+
+        theta = need("rope_theta", theta)
         scaling = raw.get("rope_type") or raw.get("type") or "default"
         if scaling in ("default", "none"):
-            return RopeSpec(theta=float(theta))
+            return RopeSpec(theta=theta, divisors=self._divisors)
         if scaling == "linear":
-            return RopeSpec(theta=float(theta), scaling="linear", factor=float(raw["factor"]))
+            return RopeSpec(theta=theta, scaling="linear", factor=need("factor"))
         if scaling == "llama3":
             return RopeSpec(
-                theta=float(theta),
+                theta=theta,
                 scaling="llama3",
-                factor=float(raw["factor"]),
-                low_freq_factor=float(raw["low_freq_factor"]),
-                high_freq_factor=float(raw["high_freq_factor"]),
-                original_max_position=int(raw["original_max_position_embeddings"]),
+                factor=need("factor"),
+                low_freq_factor=need("low_freq_factor"),
+                high_freq_factor=need("high_freq_factor"),
+                original_max_position=int(need("original_max_position_embeddings")),
             )
         raise UnsupportedModel(f"Rope scaling '{scaling}' is not supported; Brim has default, linear and llama3.")
 
 
-def spec_from_gguf(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
-    """The spec of a GGUF header. Field names: the GGUF specification's `{arch}.*` keys (ggml docs/gguf.md)."""
+def spec_from_gguf(
+    metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]], rope_divisors: Sequence[float] = ()
+) -> ModelSpec:
+    """The spec of a GGUF header. Field names: the GGUF specification's `{arch}.*` keys (ggml docs/gguf.md).
+
+    rope_divisors: the values of the tensor `rope_freqs.weight`, in which converters keep llama3's rope scaling.
+    """
     arch = str(metadata.get("general.architecture", "missing"))
     family = _GGUF_FAMILIES.get(arch)
     if family is None:
         raise UnsupportedModel(f"GGUF architecture '{arch}' is not supported; Brim runs {', '.join(_GGUF_FAMILIES)}.")
-
-    def need(key: str) -> Any:
-        value = metadata.get(f"{arch}.{key}")
-        if value is None:
-            raise BrokenModel(f"The GGUF header has no '{arch}.{key}'; download or convert the file again.")
-        return value
-
-    heads = int(need("attention.head_count"))
-    hidden = int(need("embedding_length"))
+    header = _Header(metadata, arch)
+    heads, hidden = header.count("attention.head_count"), header.count("embedding_length")
     embedding = tensor_shapes.get("token_embd.weight")
     if embedding is None:
         raise BrokenModel("The GGUF file has no tensor 'token_embd.weight'; download or convert the file again.")
-    head_dim = int(metadata.get(f"{arch}.attention.key_length", hidden // heads))
+    head_dim = header.count("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if header.count(key, head_dim) != head_dim:
+            raise UnsupportedModel(f"GGUF: '{arch}.{key}' differs from the {head_dim} of each head, which is not supported.")
+    if header.get("expert_count"):
+        raise UnsupportedModel(f"A mixture of experts ('{arch}.expert_count') is not supported; Brim runs dense models.")
+    if rope_divisors and len(rope_divisors) != head_dim // 2:
+        raise BrokenModel(f"Tensor 'rope_freqs.weight' has {len(rope_divisors)} values for heads of {head_dim}.")
+    layers = header.count("block_count")
     config: dict[str, Any] = {
         "hidden_size": hidden,
-        "num_hidden_layers": int(need("block_count")),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": int(metadata.get(f"{arch}.attention.head_count_kv", heads)),
+        "num_key_value_heads": header.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "intermediate_size": int(need("feed_forward_length")),
-        "rms_norm_eps": float(need("attention.layer_norm_rms_epsilon")),
-        "max_position_embeddings": int(need("context_length")),
+        "intermediate_size": header.count("feed_forward_length"),
+        "rms_norm_eps": header.need("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": header.count("context_length"),
         "vocab_size": embedding[0],
         "tie_word_embeddings": "output.weight" not in tensor_shapes,
-        "rope_theta": float(metadata.get(f"{arch}.rope.freq_base", 1e6 if family == "gemma3" else 1e4)),
-        "sliding_window": metadata.get(f"{arch}.attention.sliding_window"),
-        "query_pre_attn_scalar": head_dim,
-        "attn_logit_softcapping": metadata.get(f"{arch}.attn_logit_softcapping"),
-        "final_logit_softcapping": metadata.get(f"{arch}.final_logit_softcapping"),
+        "rope_theta": header.get("rope.freq_base"),
+        "rope_local_base_freq": header.get("rope.freq_base_swa"),
+        "sliding_window": header.get("attention.sliding_window"),
+        # not in the header; as llama.cpp does, the 27B model of 62 layers is told by their number
+        "query_pre_attn_scalar": hidden // heads if layers == _GEMMA3_27B_LAYERS else head_dim,
+        "attn_logit_softcapping": header.get("attn_logit_softcapping"),
+        "final_logit_softcapping": header.get("final_logit_softcapping"),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _gguf_eos(metadata),
+        "eos_token_id": [metadata[key] for key in _GGUF_EOS_KEYS if metadata.get(key) is not None],
         "torch_dtype": "bfloat16",
     }
-    scaling = metadata.get(f"{arch}.rope.scaling.type")
+    scaling = header.get("rope.scaling.type")
     if scaling not in (None, "none"):
-        config["rope_scaling"] = {"rope_type": scaling, "factor": metadata.get(f"{arch}.rope.scaling.factor", 1.0)}
+        config["rope_scaling"] = {"rope_type": scaling, "factor": header.get("rope.scaling.factor")}
     if family == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensor_shapes
-    return _Reader(config, family).spec()
+        config["output_bias"] = "blk.0.attn_output.bias" in tensor_shapes
+    return _Reader(config, family, "The GGUF header", rope_divisors).spec()
+
+
+class _Header:
+    """The `{arch}.*` keys of one GGUF header."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
+        self._metadata = metadata
+        self._arch = arch
+
+    def get(self, key: str) -> Any:
+        return self._metadata.get(f"{self._arch}.{key}")
+
+    def need(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise BrokenModel(f"The GGUF header has no '{self._arch}.{key}'; download or convert the file again.")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number, or an array that says the same number for every layer."""
+        value = self.need(key) if default is None or self.get(key) is not None else default
+        if not isinstance(value, (int, float, str, bool)):
+            distinct = set(value.tolist()) if hasattr(value, "tolist") else set()
+            if len(distinct) != 1:
+                raise UnsupportedModel(f"GGUF: '{self._arch}.{key}' differs from layer to layer, which is not supported.")
+            value = distinct.pop()
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise BrokenModel(f"The GGUF header: '{self._arch}.{key}' is {value!r}, not a positive whole number.")
+        return value
 
 
 def _kind(slides: bool) -> AttentionKind:
     return "sliding" if slides else "full"
 
 
-def _gguf_eos(metadata: Mapping[str, Any]) -> list[int]:
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return [int(metadata[key]) for key in keys if metadata.get(key) is not None]
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(dict.fromkeys(int(v) for v in value)) if isinstance(value, (list, tuple)) else (int(value),)
+def _number(where: str, name: str, value: Any, *, positive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30 or (positive and value <= 0):
+        raise BrokenModel(f"{where}: '{name}' is {value!r}, not a {'positive ' if positive else ''}number.")
+    return float(value)

@@ -17,6 +17,8 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     """[head_dim / 2] float32: theta ** (-2i / head_dim), scaled as the spec says."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponent)
+    if rope.divisors:
+        frequencies = frequencies / torch.tensor(rope.divisors, dtype=torch.float32)
     if rope.scaling == "linear":
         return frequencies / rope.factor
     if rope.scaling == "llama3":

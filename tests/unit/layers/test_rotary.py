@@ -61,3 +61,12 @@ def test_worked_example() -> None:
     expected = torch.tensor([2.0, 0.2])
     assert torch.allclose(table[2], torch.cat([expected.cos(), expected.sin()]))
     assert torch.allclose(inverse_frequencies(RopeSpec(theta=100.0, scaling="linear", factor=2.0), 4), torch.tensor([0.5, 0.05]))
+
+
+def test_divisors_are_llama3_scaling_worked_out() -> None:
+    """What a converter stores in `rope_freqs.weight`: the plain frequency over the scaled one."""
+    plain = inverse_frequencies(RopeSpec(theta=5e5), 64)
+    scaled = inverse_frequencies(RopeSpec(theta=5e5, scaling="llama3", original_max_position=1024, **LLAMA3), 64)
+    divisors = tuple((plain / scaled).tolist())
+    assert min(divisors) == 1.0 and max(divisors) == pytest.approx(8.0)
+    assert torch.allclose(inverse_frequencies(RopeSpec(theta=5e5, divisors=divisors), 64), scaled, rtol=1e-6, atol=0)
