@@ -90,7 +90,7 @@ def _fifth_bits(blocks: Bytes, first: int) -> Bytes:
 
 def _f32(blocks: Bytes) -> Floats:
     values: Floats = np.ascontiguousarray(blocks).view(np.float32)
-    return values
+    return values.copy()  # not a view of the file, which torch would warn of
 
 
 def _f16(blocks: Bytes) -> Floats:
