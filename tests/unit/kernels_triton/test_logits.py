@@ -46,7 +46,7 @@ TRUNCATIONS = [
 
 
 def test_truncation_keeps_exactly_the_right_ids(device: str) -> None:
-    each = 24
+    each = 16
     rows = each * len(TRUNCATIONS)
     settings = [setting for setting, _ in TRUNCATIONS for _ in range(each)]
     batch = SamplingBatch(

@@ -24,6 +24,7 @@ from brim.kernels.triton.tuning import (
     ELEMENTWISE_BLOCK,
     ELEMENTWISE_WARPS,
     SAMPLE_CHUNK,
+    SAMPLE_PART,
     SEARCH_BLOCK,
     SEARCH_WARPS,
     next_power_of_2,
@@ -178,13 +179,17 @@ class TritonKernels(Kernels):
         scratch, stride = self._scratch, logits.stride(0)
         line, chunks = scratch.best_value.stride(0), ceil_div(vocab, SAMPLE_CHUNK)
         padded = next_power_of_2(chunks)
+        part_line = scratch.part_best.stride(0)
         chunk_best_kernel[(rows, chunks)](
-            logits, scratch.best_value, scratch.best_id, vocab, stride, line, CHUNK=SAMPLE_CHUNK, num_warps=4
-        )
+            logits, scratch.best_value, scratch.best_id, scratch.part_best, vocab, stride, line, part_line,
+            CHUNK=SAMPLE_CHUNK, PART=SAMPLE_PART, num_warps=4,
+        )  # fmt: skip
         if not batch.all_greedy:
+            parts = ceil_div(vocab, SAMPLE_PART)
             threshold_kernel[(rows,)](
-                logits, scratch.best_value, scratch.threshold, batch.temperature, batch.top_k, batch.top_p, batch.min_p, vocab,
-                stride, line, chunks, CHUNKS_PAD=padded, BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
+                logits, scratch.part_best, scratch.active_parts, scratch.threshold, batch.temperature, batch.top_k, batch.top_p,
+                batch.min_p, vocab, stride, part_line, parts, PARTS_PAD=next_power_of_2(parts), PART=SAMPLE_PART,
+                BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
             )  # fmt: skip
             chunk_sum_kernel[(rows, chunks)](
                 logits, scratch.best_value, scratch.threshold, scratch.chunk_sum, batch.temperature, vocab, stride, line, chunks,
@@ -199,7 +204,7 @@ class TritonKernels(Kernels):
     def top_logprobs(
         self, logits: Tensor, chosen: Tensor, out_chosen: Tensor, out_rank: Tensor, out_ids: Tensor, out_values: Tensor
     ) -> None:
-        """See the contract. Equal values are listed by id; the rank counts strictly larger ones. Each place is a pass over the row."""
+        """See the contract. Equal values are listed by id; the rank counts strictly larger ones. A place is a pass over the row."""
         rows, vocab = logits.shape
         top_logprobs_kernel[(rows,)](
             logits, chosen, out_chosen, out_rank, out_ids, out_values, vocab, logits.stride(0), out_ids.stride(0),

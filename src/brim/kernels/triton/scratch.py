@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, SAMPLE_CHUNK
+from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, SAMPLE_CHUNK, SAMPLE_PART
 from brim.units import ceil_div
 
 
@@ -41,11 +41,14 @@ class KernelLimits:
         """
         slots, group = self.decode_parts(num_cores) * 2 * self.num_kv_heads, self.num_heads // self.num_kv_heads
         rows = (self.max_num_seqs, self.chunks)
+        parts = (self.max_num_seqs, self.chunks * (SAMPLE_CHUNK // SAMPLE_PART))
         return {
             "sums": ((slots, group, self.head_dim), torch.float32),
             "stats": ((slots, 2, group), torch.float32),
             "arrivals": ((self.max_num_seqs, self.num_kv_heads), torch.int32),
             "best_value": (rows, torch.float32),
+            "part_best": (parts, torch.float32),
+            "active_parts": (parts, torch.int32),
             "best_id": (rows, torch.int32),
             "chunk_sum": (rows, torch.float32),
             "threshold": ((self.max_num_seqs,), torch.int32),
@@ -67,5 +70,6 @@ class Scratch:
         }
         self.sums, self.stats, self.arrivals = made["sums"], made["stats"], made["arrivals"]
         self.best_value, self.best_id, self.chunk_sum = made["best_value"], made["best_id"], made["chunk_sum"]
+        self.part_best, self.active_parts = made["part_best"], made["active_parts"]
         self.threshold, self.counts = made["threshold"], made["counts"]
         self.num_bytes = sum(buffer.nbytes for buffer in made.values())

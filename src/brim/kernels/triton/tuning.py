@@ -69,5 +69,6 @@ def rope_heads(num_tokens: int) -> int:
 
 
 SAMPLE_CHUNK = 4096  # ids one program reduces
+SAMPLE_PART = 256  # ids whose best value is kept, so that searches skip them together
 SEARCH_BLOCK = 4096
 SEARCH_WARPS = 16

@@ -1,0 +1,106 @@
+"""What the GPU kernel benchmarks share: model shapes, paged caches, graph timing. Owns no figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brim.kernels.base import AttentionBatch
+
+L2_BYTES = 120 << 20  # more than twice the cache: what is cycled through must exceed it
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense decoder."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    layers: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """name -> (out_features, in_features) of one layer."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        return {
+            "qkv": (qkv, self.hidden),
+            "o": (self.hidden, self.heads * self.head_dim),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+
+MODELS = {
+    "llama-3.1-8b": ModelShape(4096, 14336, 32, 8, 128, 128256, 32),
+    "qwen3-0.6b": ModelShape(1024, 3072, 16, 8, 128, 151936, 28),
+}
+
+
+def graph_ms(calls: Sequence[Callable[[], None]], replays: int = 7) -> float:
+    """Median milliseconds of one call, all calls in one graph, replayed after one to warm up."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) / len(calls)
+
+
+def copies_for(num_bytes: int, least: int = 4, most: int = 64) -> int:
+    """How many buffers of this size to cycle through so that none is still in the cache when its turn comes."""
+    return max(least, min(most, -(-L2_BYTES // num_bytes)))
+
+
+@dataclass
+class PagedCase:
+    """Layers of a paged cache with scattered blocks, a batch over it and the queries."""
+
+    layers: list[Tensor]
+    batch: AttentionBatch
+    q: Tensor
+    out: Tensor
+    scale: float
+
+
+def paged_case(shape: ModelShape, query_lens: list[int], seq_lens: list[int], layers: int = 32) -> PagedCase:
+    """bfloat16, random values; together the layers should exceed the cache."""
+    per_seq = [-(-n // BLOCK_SIZE) for n in seq_lens]
+    total = sum(per_seq)
+    size = (total, layers, 2, BLOCK_SIZE, shape.kv_heads, shape.head_dim)
+    pool = torch.empty(size, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1)
+    order = torch.randperm(total, device="cuda", dtype=torch.int32)
+    tables = torch.zeros(len(seq_lens), max(per_seq), dtype=torch.int32, device="cuda")
+    used = 0
+    for seq, blocks in enumerate(per_seq):
+        tables[seq, :blocks] = order[used : used + blocks]
+        used += blocks
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
+    slots = torch.arange(sum(query_lens), device="cuda")
+    batch = AttentionBatch(tables, slots, starts, lens, len(seq_lens), max(query_lens), max(seq_lens), BLOCK_SIZE, 0)
+    q = torch.randn(sum(query_lens), shape.heads * shape.head_dim, device="cuda").bfloat16()
+    return PagedCase([pool[:, i] for i in range(layers)], batch, q, torch.empty_like(q), shape.head_dim**-0.5)
+
+
+def causal_flops(shape: ModelShape, tokens: int) -> float:
+    """Operations of causal attention of one layer over `tokens` new tokens: two products over half a square."""
+    return 4.0 * shape.heads * shape.head_dim * tokens * (tokens + 1) / 2
