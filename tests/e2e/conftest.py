@@ -19,6 +19,8 @@ import openai
 import pytest
 from tests.e2e.command import SERVER
 
+from brim.server.instances import Instance, list_instances
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 10.0
 
@@ -36,6 +38,7 @@ class Server:
     """A server process; lines: its stderr so far."""
 
     process: subprocess.Popen[str]
+    folder: Path
     lines: list[str] = field(default_factory=list)
     url: str = ""
 
@@ -54,6 +57,15 @@ class Server:
         assert found, self.said
         self.url = found.group(1)
         return self
+
+    def wait_instance(self) -> list[Instance]:
+        """What it says of itself before it serves."""
+
+        def mine() -> list[Instance]:
+            return [one for one in list_instances(self.folder / "brim") if one.pid == self.process.pid]
+
+        wait_until(mine, "its instance file")
+        return mine()
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=TIMEOUT_S)
@@ -81,7 +93,7 @@ def running(*arguments: str, folder: Path) -> Iterator[Server]:
     """A server from its start to its end, whatever happens."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
     process = subprocess.Popen([*SERVER, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    server = Server(process)
+    server = Server(process, folder)
     reader = threading.Thread(target=server.read)
     reader.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from brim.engine.messages import StartupProgress
 
 
 def build(config: BrimConfig, on_progress: Callable[[StartupProgress], None]) -> tuple[EngineCore, dict[str, Any]]:
-    """Model "silent" dies without a word; a file that is there once makes one start fail."""
+    """Model "silent" dies without a word, "waiting" waits until a file is gone; else such a file makes one start fail."""
     assert not config.server.api_keys, "keys are the server's alone"
     if config.model.model == "silent":
         os._exit(7)
+    if config.model.model == "waiting":
+        while Path(config.model.revision or "").is_file():
+            time.sleep(0.01)
     if config.model.revision is not None and (once := Path(config.model.revision)).exists():
         once.unlink()
         raise OSError("not this time")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from tests.e2e.conftest import Server, wait_until
@@ -59,6 +60,26 @@ def test_an_engine_that_does_not_come_back_at_once_is_tried_again(start: Start, 
     wait_until(lambda: server.get("/health").status_code == 200, "the second try")
     assert server.metric("brim_engine_restarts_total") == 2
     assert "not this time" in server.said
+
+
+def test_a_server_that_starts_says_so_and_serves_once_it_announces_it(start: Start, tmp_path: Path) -> None:
+    gate = tmp_path / "wait-for-this-to-go"
+    gate.touch()
+    server = start("waiting", f"revision={gate}", "port=0")
+    (instance,) = server.wait_instance()
+    for path in ("/health", "/v1/models", "/nowhere"):
+        answer = httpx.get(instance.url + path, timeout=10, trust_env=False)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert answer.json()["error"]["message"] == "The engine is starting; try again shortly."
+    huge = httpx.post(f"{instance.url}/v1/completions", content=b"x" * 300_000, timeout=10, trust_env=False)
+    assert huge.status_code == 503
+    host, port = instance.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as silent:  # holds nobody up
+        gate.unlink()
+        server.wait_ready()
+        assert server.get("/health").status_code == 200
+        silent.close()
 
 
 def test_sigterm_lets_requests_finish_and_refuses_new_ones(start: Start) -> None:

@@ -1,6 +1,6 @@
 """A server's life: the port, the engine, the app, and a kind end. Owns the order of these and the signals.
 
-    port taken -> engine and text side start, beside each other -> listening -> SIGTERM or Ctrl-C: draining -> exit 0
+    port taken: 503 -> engine and text side start, beside each other -> serving -> SIGTERM or Ctrl-C: draining -> exit 0
 
 A second signal ends it at once.
 """
@@ -27,6 +27,7 @@ from brim.front import open_front
 from brim.server.app import create_app
 from brim.server.instances import InstanceFile
 from brim.server.seams import ServerFront
+from brim.server.waiting_room import WaitingRoom
 
 T = TypeVar("T")
 OpenFront = Callable[[BrimConfig], ServerFront]
@@ -55,7 +56,7 @@ def run_server(
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """The socket to serve on, taken but not yet open to clients. Raises ConfigError."""
+    """The socket to serve on, taken for good: clients that connect wait until they are accepted. Raises ConfigError."""
     try:
         addresses = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -65,6 +66,7 @@ def listen(config: ServerConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # two that are only bound may share a port, and one would fail when its engine is up
         listener.set_inheritable(False)
     except OSError as error:
         listener.close()
@@ -107,7 +109,8 @@ class HttpServer:
         file = InstanceFile.open(names[0] if names else self._config.model.model, self._url)
         with self._signals():
             try:
-                engine, front = await self._until_stopped(self._start(on_progress))
+                async with WaitingRoom(self._listener):
+                    engine, front = await self._until_stopped(self._start(on_progress))
                 if on_ready is not None:
                     on_ready(engine.info)
                 await self._serve(engine, front, file)
@@ -150,19 +153,22 @@ class HttpServer:
         )  # fmt: skip
         http = _Uvicorn(settings)
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
-        stopping = asyncio.create_task(self._stop.wait())
+        stopping, accepting = asyncio.create_task(self._stop.wait()), asyncio.create_task(http.accepts.wait())
         try:
-            if file is not None:
-                file.set_state("serving")
-            print(f"brim: serving {front.model_names[0]} at {self._url}/v1", file=sys.stderr, flush=True)
+            await asyncio.wait({serving, accepting}, return_when=asyncio.FIRST_COMPLETED)
+            if accepting.done():
+                if file is not None:
+                    file.set_state("serving")
+                print(f"brim: serving {front.model_names[0]} at {self._url}/v1", file=sys.stderr, flush=True)
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
                 await self._drain(engine, file)
         finally:
             stopping.cancel()
+            accepting.cancel()
             http.should_exit = True
             http.force_exit = self._hurry.is_set()
-            await asyncio.wait({serving, stopping})
+            await asyncio.wait({serving, stopping, accepting})
             await engine.close()
         serving.result()
 
@@ -201,7 +207,16 @@ class _Stopped(Exception):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are HttpServer's, which drains first."""
+    """Signals are HttpServer's, which drains first. accepts: set once requests reach the app."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepts = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets)
+        self.accepts.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

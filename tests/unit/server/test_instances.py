@@ -66,6 +66,14 @@ def test_port_0_is_any_free_one() -> None:
         assert url_of("::", listener) == f"http://[::1]:{port}"
 
 
+def test_two_servers_that_start_at_once_do_not_share_a_port() -> None:
+    """Neither serves yet: binding alone would let both through, and one would fail after its model was loaded."""
+    with listen(ServerConfig(port=0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"{port}: another program has it"):
+            listen(ServerConfig(port=port))
+
+
 def test_addresses_that_cannot_be_used_name_their_flag() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
