@@ -1,6 +1,6 @@
 """From what a request says to the token ids of its prompts. Owns prompt shapes and the checks that need no engine.
 
-Long texts are encoded in a thread, so that the streams of others go on.
+Much text is encoded in a thread, so that the streams of others go on; text that cannot fit is refused before any work on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from brim.server.seams import ServerFront
 
 T = TypeVar("T")
 MOST_SEQUENCES = 1024  # of one HTTP request: prompts times n
-_IN_THREAD_FROM = 4096  # characters
+_IN_THREAD_FROM = 4096  # characters or ids of one HTTP request
 _ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 
 
@@ -37,6 +37,7 @@ class Prompts:
     def __init__(self, front: ServerFront, info: Callable[[], Mapping[str, Any]]) -> None:
         self._front = front
         self._info = info
+        self._longest_piece: int | None = None
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError 404 for a model that is not served."""
@@ -54,16 +55,21 @@ class Prompts:
         each = _separate(prompt)
         if len(each) * n > MOST_SEQUENCES:
             raise InvalidParameter(f"{len(each)} prompts times n {n} is more than {MOST_SEQUENCES} sequences.", param="prompt")
-        encoded = []
-        for one in each:
-            ids = self.checked(one) if isinstance(one, list) else await self.encode(one, add_special_tokens=add_special_tokens)
-            self._check_length(ids)
-            encoded.append(EncodedPrompt(one if isinstance(one, str) else None, ids))
-        return encoded
+        return await _run(lambda: [self._encoded(one, add_special_tokens) for one in each], sum(map(len, each)))
+
+    def _encoded(self, prompt: str | list[int], add_special_tokens: bool) -> EncodedPrompt:
+        """Cheap checks come first: they bound what one request can make us do."""
+        if isinstance(prompt, list):
+            self._check_length(prompt)
+            return EncodedPrompt(None, self.checked(prompt))
+        self._check_characters(len(prompt))
+        ids = self._front.encode(prompt, add_special_tokens=add_special_tokens)
+        self._check_length(ids)
+        return EncodedPrompt(prompt, ids)
 
     async def of_chat(self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[int]:
         """A conversation by the chat template. Raises RequestError."""
-        ids = await self.encode_chat(messages, settings)
+        ids = await self.encode_chat(messages, settings, within_context=True)
         self._check_length(ids)
         return ids
 
@@ -75,8 +81,10 @@ class Prompts:
 
         return await _run(work, len(text))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[int]:
-        """Ids of a conversation, of any length."""
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], *, within_context: bool = False
+    ) -> list[int]:
+        """Ids of a conversation. within_context: raises PromptTooLong for one whose texts alone cannot fit."""
         if self._front.chat_template is None:
             raise RequestError(
                 "This model has no chat template, so it can only continue text: use /v1/completions, or start the server with "
@@ -85,7 +93,13 @@ class Prompts:
                 code="no_chat_template",
             )
         _check_messages(messages)
-        return await _run(lambda: self._front.encode_chat(messages, **settings), _IN_THREAD_FROM)
+
+        def work() -> list[int]:
+            if within_context:
+                self._check_characters(sum(map(_num_characters, messages)))
+            return self._front.encode_chat(messages, **settings)
+
+        return await asyncio.to_thread(work)  # templates may take their time, however short the messages
 
     def checked(self, ids: list[int], param: str = "prompt") -> list[int]:
         """The ids, each one of the vocabulary. Raises InvalidParameter."""
@@ -95,6 +109,23 @@ class Prompts:
             shown = wrong if abs(wrong) < 1 << 64 else "of that size"
             raise InvalidParameter(f"Token id {shown} is outside the vocabulary (0 to {vocab_size - 1}).", param=param)
         return ids
+
+    def _check_characters(self, num_characters: int) -> None:
+        """Refuse a text that no tokenization makes short enough: a token stands for at most the longest piece's characters."""
+        most = int(self._info().get("max_model_len", 0))
+        if not most or num_characters < most or self._front.tokenizer is None:
+            return
+        if self._longest_piece is None:
+            piece_of = self._front.tokenizer.id_to_piece
+            self._longest_piece = max((len(piece_of(i) or "") for i in range(int(self._info().get("vocab_size", 0)))), default=0)
+        least = num_characters // (self._longest_piece or num_characters + 1)
+        if least >= most:
+            raise PromptTooLong(
+                f"The prompt has {num_characters} characters, which are {least} tokens or more; with at least one new token it "
+                f"passes the context length of {most}.",
+                param="prompt",
+                code=CONTEXT_LENGTH_EXCEEDED,
+            )
 
     def _check_length(self, ids: Sequence[int]) -> None:
         most = int(self._info().get("max_model_len", 0))
@@ -154,5 +185,10 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                 raise InvalidParameter(f"{where}.content: only parts of type text are supported.", param=f"{where}.content")
 
 
-async def _run(work: Callable[[], T], num_characters: int) -> T:
-    return await asyncio.to_thread(work) if num_characters >= _IN_THREAD_FROM else work()
+def _num_characters(message: Mapping[str, Any]) -> int:
+    content = message.get("content") or ""
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+
+
+async def _run(work: Callable[[], T], size: int) -> T:
+    return await asyncio.to_thread(work) if size >= _IN_THREAD_FROM else work()

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from tests.unit.server.conftest import CONFIG, Api
+from tests.unit.server.letters import LetterFront
+
+
+@dataclass(frozen=True)
+class ThreadFront(LetterFront):
+    """Notes where it encodes."""
+
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.threads.append(threading.current_thread())
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -159,6 +174,35 @@ def test_a_prompt_past_the_context_says_both_lengths(api: Api) -> None:
         assert error["code"] == "context_length_exceeded"
         assert "128" in error["message"]
     assert api.refused(CHAT, {"messages": [{"role": "user", "content": "a" * 200}]})["code"] == "context_length_exceeded"
+
+
+def test_text_that_cannot_fit_is_refused_without_encoding_it(make_api: Callable[..., Api]) -> None:
+    """128 tokens of at most 5 characters (<bos>): encoding megabytes to say so would take the others' time."""
+    front = ThreadFront()
+    api = make_api(front=front)
+    for path, body in (
+        (COMPLETIONS, {"prompt": "a" * 640}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 640}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 320}] * 2}]}),
+    ):
+        error = api.refused(path, body)
+        assert error["code"] == "context_length_exceeded"
+        assert "640 characters" in error["message"]
+    assert front.threads == []
+    assert "640 tokens" in api.refused(COMPLETIONS, {"prompt": "a" * 639})["message"]
+    assert len(front.threads) == 1
+    assert api.post("/tokenize", {"prompt": "a" * 5000}).json()["count"] == 5001
+
+
+def test_much_text_is_encoded_beside_the_event_loop(make_api: Callable[..., Api]) -> None:
+    front = ThreadFront()
+    api = make_api(front=front)
+    api.complete(["a" * 100] * 3, max_tokens=1)
+    assert set(front.threads) == {threading.main_thread()}
+    front.threads.clear()
+    api.complete(["a" * 100] * 50, max_tokens=1)
+    assert len(front.threads) == 50
+    assert threading.main_thread() not in front.threads
 
 
 def test_an_unknown_model_is_a_404(api: Api) -> None:
