@@ -133,7 +133,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="interpreter that has this engine")
     parser.add_argument("--output-len", type=int, default=256, help="decode steps that are timed")
-    parser.add_argument("--decode-iters", type=int, default=2)
+    parser.add_argument("--decode-iters", type=int, default=3, help="repetitions, of which the best counts")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     return parser.parse_args()
 
@@ -157,7 +157,8 @@ def main() -> int:
         for entry in entries_of(model):
             if entry.engine in engines:
                 print(f"{name}: {entry.label} ...", file=sys.stderr, flush=True)
-                rows[entry.label] = run_entry(pythons[entry.engine], task_of(model, entry, options))
+                load = os.getloadavg()[0]
+                rows[entry.label] = run_entry(pythons[entry.engine], task_of(model, entry, options)) | {"load_before": load}
                 print(f"  {json.dumps(rows[entry.label])}", file=sys.stderr, flush=True)
         record["models"][name] = rows
     versions = {e: row["version"] for rows in record["models"].values() for e, row in rows.items() if "version" in row}
