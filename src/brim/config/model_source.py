@@ -65,9 +65,10 @@ def _rope_divisors(weights: GGUFFile) -> list[float]:
 
 def _generation_eos(path: Path | None) -> tuple[int, ...]:
     value = _read_json(path).get("eos_token_id") if path is not None else None
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise BrokenModel(f"{path}: 'eos_token_id' is {value!r}, not a token id or a list of them.")
+    return tuple(ids)
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:

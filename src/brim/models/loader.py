@@ -1,7 +1,8 @@
 """Weights from files into a model, tensor by tensor. Owns streaming, checking and dummy weights.
 
-At most one chunk of a tensor is held beside the model: read, convert or dequantise, store, release the file's pages. So the
-host's peak stays within CHUNK_BYTES (and the file pages of one chunk) of the model's size.
+At most one chunk of a tensor is held beside the model: read, convert or dequantise, store, release the file's pages. All
+chunks go through one buffer, because freed ones would stay in the allocator's heap. So the host's peak stays within twice
+CHUNK_BYTES (the buffer, and a copy of it where heads are permuted) and the file pages of one chunk of the model's size.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def load_weights(model: DecoderModel, source: WeightSource, kernels: Kernels, on
     total = sum(source.info(name).num_bytes for name, _ in targets) or 1
     done = 0
     native = kernels if hasattr(kernels, "dequantize_rows") else None
+    staging = _Staging()
     for name, slot in targets:
         info = source.info(name)
-        for first_row, rows in _row_chunks(source, info, slot, native):
+        for first_row, rows in _row_chunks(source, info, slot, native, staging):
             _store(slot, first_row, rows)
             source.release(name)
         done += info.num_bytes
@@ -63,6 +65,21 @@ def fill_dummy(model: DecoderModel, on_progress: Progress, seed: int = 0) -> Non
             start = (index * 7919 + first_row * 31) % (len(pool) - count * slot.cols + 1)
             _store(slot, first_row, pool[start : start + count * slot.cols].view(count, slot.cols))
         on_progress(slot.name, (index + 1) / len(slots))
+
+
+class _Staging:
+    """The one buffer through which every chunk goes; it grows to the largest."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """[rows, cols] of what was there before, valid until the next call."""
+        num_bytes = rows * cols * dtype.itemsize
+        if self._buffer.numel() < num_bytes:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffer[:num_bytes].view(dtype).view(rows, cols)
 
 
 def _match(
@@ -91,35 +108,38 @@ def _match(
 
 
 def _row_chunks(
-    source: WeightSource, info: TensorInfo, slot: Slot, native: NativeDequantizer | None
+    source: WeightSource, info: TensorInfo, slot: Slot, native: NativeDequantizer | None, staging: _Staging
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows [n, cols]) over one stored tensor, heads of permuted tensors kept whole."""
     raw = np.frombuffer(source.tensor_bytes(info.name), dtype=np.uint8)
     rows, cols = (slot.rows, slot.cols) if slot.matrix is not None else (1, slot.rows)
     unit = rows // slot.permuted_heads if slot.permuted_heads and slot.matrix is not None else 1
     step = min(rows, round_up(max(1, CHUNK_BYTES // (4 * cols)), unit))
-    read = _gguf_reader(info, cols, native) if isinstance(info, GGUFTensor) else _plain_reader(info, cols)
+    if isinstance(info, GGUFTensor):
+        read = _gguf_reader(info, cols, native, staging)
+    else:
+        read = _plain_reader(info, cols, staging)
     for first_row in range(0, rows, step):
         count = min(step, rows - first_row)
         chunk = read(raw, first_row, count)
-        if slot.permuted_heads:
-            chunk = _unpermute(chunk, slot, count)
-        yield first_row, chunk
+        yield first_row, _unpermute(chunk, slot, count) if slot.permuted_heads else chunk
 
 
-def _gguf_reader(info: GGUFTensor, cols: int, native: NativeDequantizer | None) -> Callable[[np.ndarray, int, int], Tensor]:
+def _gguf_reader(
+    info: GGUFTensor, cols: int, native: NativeDequantizer | None, staging: _Staging
+) -> Callable[[np.ndarray, int, int], Tensor]:
     kind = int(info.ggml_type)
     stride = row_bytes(kind, cols)
 
     def read(raw: np.ndarray, first_row: int, count: int) -> Tensor:
-        out = torch.empty(count, cols, dtype=torch.float32)
+        out = staging.take(count, cols, torch.float32)
         dequantize(raw[first_row * stride : (first_row + count) * stride], kind, count, cols, out, native)
         return out
 
     return read
 
 
-def _plain_reader(info: TensorInfo, cols: int) -> Callable[[np.ndarray, int, int], Tensor]:
+def _plain_reader(info: TensorInfo, cols: int, staging: _Staging) -> Callable[[np.ndarray, int, int], Tensor]:
     assert isinstance(info, SafetensorsTensor)
     dtype = _TORCH_DTYPES.get(info.dtype)
     if dtype is None:
@@ -127,9 +147,9 @@ def _plain_reader(info: TensorInfo, cols: int) -> Callable[[np.ndarray, int, int
     stride = cols * dtype.itemsize
 
     def read(raw: np.ndarray, first_row: int, count: int) -> Tensor:
-        staging = torch.empty(count * stride, dtype=torch.uint8)
-        staging.numpy()[:] = raw[first_row * stride : (first_row + count) * stride]
-        return staging.view(dtype).view(count, cols)
+        out = staging.take(count, cols, dtype)
+        out.view(torch.uint8).view(-1).numpy()[:] = raw[first_row * stride : (first_row + count) * stride]
+        return out
 
     return read
 
