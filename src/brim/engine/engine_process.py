@@ -47,6 +47,7 @@ class EngineLaunch(msgspec.Struct, frozen=True):
     address: str
     parent_pid: int
     config: BrimConfig
+    server_key: str = ""
 
 
 def run_engine_process(build: BuildCore) -> int:
@@ -56,7 +57,7 @@ def run_engine_process(build: BuildCore) -> int:
     stdin = sys.stdin.buffer
     launch = msgspec.json.decode(stdin.readline(), type=EngineLaunch)
     _end_with_parent(launch.parent_pid, stdin)
-    channel = ZmqEngineChannel(launch.address)
+    channel = ZmqEngineChannel(launch.address, launch.server_key)
     try:
         core, info = build(launch.config, channel.send)
         try:

@@ -66,7 +66,8 @@ class EngineProcess:
             raise EngineError(f"The engine process could not be started: {error}.") from error
         private = replace(config, server=replace(config.server, api_keys=()))
         assert process.stdin is not None, "its stdin is a pipe"
-        process.stdin.write(msgspec.json.encode(EngineLaunch(channel.address, os.getpid(), private)) + b"\n")
+        launch = EngineLaunch(channel.address, os.getpid(), private, channel.server_key)
+        process.stdin.write(msgspec.json.encode(launch) + b"\n")
         with contextlib.suppress(ConnectionError):
             await process.stdin.drain()
         return cls(process, channel)

@@ -1,6 +1,9 @@
 """The socket between a front end and its engine process: ZeroMQ over a local ipc socket, messages in msgpack, no pickle.
 
-Owns addresses, sockets and the bytes on them; not the processes, and not what the messages mean.
+Where an ipc socket cannot be had (the system has none, or the path of its folder is too long) it is a loopback port instead,
+encrypted (CURVE) with a key pair of its own: only who was told `server_key` gets in.
+
+Owns addresses, keys, sockets and the bytes on them; not the processes, and not what the messages mean.
 """
 
 from __future__ import annotations
@@ -35,11 +38,14 @@ class EngineChannel(Protocol):
 
 
 class ZmqEngineChannel:
-    """EngineChannel over the address that the front end bound."""
+    """EngineChannel over the address that the front end bound; server_key: what it says there, empty for ipc."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, server_key: str = "") -> None:
         self._context = zmq.Context()
         self._socket = _unbounded(self._context.socket(zmq.PAIR))
+        if server_key:
+            self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
+            self._socket.curve_serverkey = server_key.encode()
         self._socket.connect(address)
         self._encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -61,29 +67,50 @@ class ZmqEngineChannel:
         """See EngineChannel."""
         self._socket.send(self._encode(message))
 
-    def close(self) -> None:
-        """See EngineChannel."""
-        self._socket.close(_LINGER_MS)
+    def close(self, linger_ms: int = _LINGER_MS) -> None:
+        """See EngineChannel. linger_ms: how long what is queued may take."""
+        self._socket.close(linger_ms)
         self._context.term()
 
 
 class FrontChannel:
-    """The front end's side, for one engine process and one event loop: binds in a private folder, which `close` removes."""
+    """The front end's side, for one engine process and one event loop: binds in a private folder, which `close` removes.
 
-    def __init__(self) -> None:
+    address and server_key are for the engine process; the key is a secret.
+    """
+
+    def __init__(self, *, use_ipc: bool = True) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="brim-"))  # mode 0700
-        self.address = f"ipc://{self._folder}/engine"
+        self.server_key = ""
         self._context = zmq.asyncio.Context()
         self._socket = _unbounded(self._context.socket(zmq.PAIR))
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
-            self._socket.bind(self.address)
-        except zmq.ZMQError as error:
+            self.address = (self._bind_ipc() if use_ipc else "") or self._bind_loopback()
+        except (zmq.ZMQError, zmq.ZMQVersionError) as error:
             self.close()
             raise EngineError(
-                f"Cannot open the engine's socket in {self._folder}: {error}. Set TMPDIR to a shorter path."
+                f"Cannot open the engine's socket, neither in {self._folder} nor on a loopback port: {error}. Set TMPDIR to a "
+                "folder with a short path."
             ) from error
+
+    def _bind_ipc(self) -> str:
+        """The address; empty where there is no ipc here."""
+        address = f"ipc://{self._folder}/engine"
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            return ""
+        return address
+
+    def _bind_loopback(self) -> str:
+        public, secret = zmq.curve_keypair()
+        self._socket.curve_publickey, self._socket.curve_secretkey = public, secret
+        self._socket.curve_server = True
+        self.server_key = public.decode()
+        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        return f"tcp://127.0.0.1:{port}"
 
     async def receive(self) -> FromEngine:
         """The next message."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -124,7 +123,7 @@ class Answer:
         except BaseException:
             await chunks.aclose()
             raise
-        return _StreamResponse(EventStream(self._frames(first, chunks, make, opening, hidden_tokens)))
+        return _StreamResponse(EventStream(self._frames(first, chunks, make, opening, hidden_tokens)), chunks)
 
     async def _frames(
         self,
@@ -164,14 +163,16 @@ class Answer:
 
 
 class _StreamResponse(Response):
-    """An EventStream where FastAPI wants a Response."""
+    """An EventStream where FastAPI wants a Response. chunks: closed with it, even where its first frame was never asked for."""
 
-    def __init__(self, events: EventStream) -> None:
+    def __init__(self, events: EventStream, chunks: Chunks) -> None:
         super().__init__()
         self._events = events
+        self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._events(scope, receive, send)
+        async with contextlib.aclosing(self._chunks):
+            await self._events(scope, receive, send)
 
 
 def usage_json(usage: Usage | None, hidden_tokens: int = 0) -> dict[str, Any] | None:
@@ -195,5 +196,3 @@ async def _chain(first: tuple[int, CompletionChunk], chunks: Chunks) -> Chunks:
     yield first
     async for item in chunks:
         yield item
-        if item[1].is_last:
-            await asyncio.sleep(0)  # the streams of others go on where one has much queued

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 import stat
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from brim.config.schema import BrimConfig, MemoryConfig, MemoryRequest, ModelConfig, ServerConfig
 from brim.engine.engine_process import EngineLaunch, describe_failure, serve_engine
@@ -100,7 +104,8 @@ def test_what_the_core_cannot_survive_leaves_the_loop(rig: Callable[..., Any], f
         serve_engine(engine.core, {}, ListChannel([AddRequest("a", [5], GREEDY, 0.0)]))
 
 
-def test_messages_cross_a_private_socket_unchanged() -> None:
+@pytest.mark.parametrize("use_ipc", [True, False])
+def test_messages_cross_a_private_socket_unchanged(use_ipc: bool) -> None:
     messages: list[ToEngine] = [AddRequest("ä#0", [1, 2], GREEDY, 1.5, -3), AbortRequest("b"), ControlCall(7, "stats", {"a": 1})]
     answer = ControlReply(7, {"count": 3, "ratio": 0.5, "list": [1, None]})
 
@@ -110,20 +115,21 @@ def test_messages_cross_a_private_socket_unchanged() -> None:
         return await asyncio.wait_for(channel.receive(), 5)
 
     async def both() -> None:
-        channel = FrontChannel()
+        channel = FrontChannel(use_ipc=use_ipc)
+        assert bool(channel.server_key) == (not use_ipc)
         folder = Path(channel.address.removeprefix("ipc://")).parent
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert not use_ipc or stat.S_IMODE(folder.stat().st_mode) == 0o700
         got: list[ToEngine] = []
-        engine = threading.Thread(target=answer_all, args=(channel.address, got))
+        engine = threading.Thread(target=answer_all, args=(channel.address, channel.server_key, got))
         engine.start()
         assert await front(channel) == answer
         await asyncio.to_thread(engine.join, 5)
         assert got == messages
         channel.close()
-        assert not folder.exists()
+        assert not use_ipc or not folder.exists()
 
-    def answer_all(address: str, got: list[ToEngine]) -> None:
-        channel = ZmqEngineChannel(address)
+    def answer_all(address: str, server_key: str, got: list[ToEngine]) -> None:
+        channel = ZmqEngineChannel(address, server_key)
         while len(got) < len(messages):
             got += channel.receive(block=True)
         assert channel.receive(block=False) == []
@@ -133,6 +139,41 @@ def test_messages_cross_a_private_socket_unchanged() -> None:
     asyncio.run(both())
 
 
+def test_a_folder_of_any_depth_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    async def address() -> str:
+        with contextlib.closing(FrontChannel()) as channel:
+            return channel.address
+
+    assert asyncio.run(address()).startswith("tcp://127.0.0.1:")
+    assert list(deep.iterdir()) == []
+
+
+def test_strangers_at_the_loopback_port_get_nothing_and_block_nobody() -> None:
+    """One that knows no key, one that has a wrong one, one that only connects: then the engine."""
+
+    async def talk() -> FromEngine:
+        channel = FrontChannel(use_ipc=False)
+        port = int(channel.address.rpartition(":")[2])
+        others = [ZmqEngineChannel(channel.address), ZmqEngineChannel(channel.address, zmq.curve_keypair()[0].decode())]
+        with socket.create_connection(("127.0.0.1", port)):
+            for other in others:
+                other.send(ControlReply(666, {}))
+            await asyncio.sleep(0.1)
+            engine = ZmqEngineChannel(channel.address, channel.server_key)
+            engine.send(ControlReply(1, {}))
+            answer = await asyncio.wait_for(channel.receive(), 5)
+        channel.close()
+        for one in (engine, *others):
+            one.close(linger_ms=0)
+        return answer
+
+    assert asyncio.run(talk()) == ControlReply(1, {})
+
+
 def test_the_launch_crosses_stdin_unchanged() -> None:
     config = BrimConfig(
         model=ModelConfig(model="demo", max_model_len="auto", served_model_name=("a", "b")),
@@ -140,7 +181,7 @@ def test_the_launch_crosses_stdin_unchanged() -> None:
         server=ServerConfig(port=0),
         sources={"port": "flag"},
     )
-    launch = EngineLaunch("ipc:///x", os.getpid(), config)
+    launch = EngineLaunch("ipc:///x", os.getpid(), config, "key")
     line = msgspec.json.encode(launch)
     assert b"\n" not in line
     assert msgspec.json.decode(line, type=EngineLaunch) == launch

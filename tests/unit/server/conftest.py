@@ -35,6 +35,11 @@ class LetterEngine:
         self._processor = OutputProcessor(front.text_tools)
         self._waiting: dict[str, deque[CompletionChunk]] = {}
 
+    @property
+    def num_waiting(self) -> int:
+        """Callers in flight."""
+        return len(self._waiting)
+
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
     ) -> AsyncGenerator[CompletionChunk]:
