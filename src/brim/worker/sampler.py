@@ -78,13 +78,14 @@ class Sampler:
         self._top_ids = torch.zeros(rows, MAX_LOGPROBS, dtype=torch.int64)
         self._top_values = torch.zeros(rows, MAX_LOGPROBS, dtype=torch.float32)
         self._targets = torch.zeros(rows, dtype=torch.int64)
+        self._row_copy = torch.zeros(1, vocab_size, dtype=torch.float32)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all sampling buffers."""
         p = self._params
         params = (p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.position)
-        logprobs = (self._chosen, self._rank, self._top_ids, self._top_values, self._targets)
+        logprobs = (self._chosen, self._rank, self._top_ids, self._top_values, self._targets, self._row_copy)
         return sum(t.nbytes for t in (self.hidden, self.logits, self.ids, *params, *logprobs))
 
     @staticmethod
@@ -92,7 +93,7 @@ class Sampler:
         """What a Sampler of these limits holds, without building one."""
         rows = logit_rows_for(max_num_seqs, vocab_size)
         per_seq = hidden_size * element_bytes + 8 + 4 * 4 + 8 * 2
-        return max_num_seqs * per_seq + rows * (4 * vocab_size + 4 + 8 + 12 * MAX_LOGPROBS + 8)
+        return max_num_seqs * per_seq + rows * (4 * vocab_size + 4 + 8 + 12 * MAX_LOGPROBS + 8) + 4 * vocab_size
 
     def set_params(self, rows: SampleRows) -> None:
         """Copy the parameter arrays [R] into the static buffers."""
@@ -130,14 +131,27 @@ class Sampler:
             self._model.logits(self.hidden[start:stop], logits)
             special = [row for row in settings.special if start <= row.index < stop]
             self._edit_logits(logits, special, start)
-            ids = self.ids[start:stop]
-            self._kernels.sample(logits, self.params_view(start, stop, all_greedy), ids)
-            wanted = {row.index: row.params.logprobs for row in special if row.params.logprobs is not None}
+            wanted = [row for row in special if row.params.logprobs is not None]
             if wanted:
-                num_best = [wanted.get(index, 0) for index in range(start, stop)]
-                scores = self._score(logits, ids.clamp(min=0), num_best)
-                logprobs.update((i, score) for i, score in enumerate(scores, start) if i in wanted)
+                logprobs.update(self._sample_and_score(logits, wanted, start))
+            self._kernels.sample(logits, self.params_view(start, stop, all_greedy), self.ids[start:stop])
         return logprobs
+
+    def _sample_and_score(self, logits: Tensor, wanted: list[SpecialRow], start: int) -> dict[int, TokenLogprobs]:
+        """Log-probabilities of the tokens that the rows will get. Sampling may overwrite logits, so each row is drawn from a
+        copy; drawn again with all others, it gives the same token."""
+        num_best = [0] * len(logits)
+        for row in wanted:
+            num_best[row.index - start] = row.params.logprobs or 0
+            self._row_copy.copy_(logits[row.index - start : row.index - start + 1])
+            part = self.params_view(row.index, row.index + 1, row.params.is_greedy)
+            self._kernels.sample(self._row_copy, part, self.ids[row.index : row.index + 1])
+        targets = self._targets[: len(logits)]
+        targets.zero_()
+        for row in wanted:
+            targets[row.index - start] = self.ids[row.index].clamp(min=0)
+        scores = list(self._score(logits, targets, num_best))
+        return {row.index: scores[row.index - start] for row in wanted}
 
     def sample_chunk_all(self, hidden: Tensor, rows: Tensor, all_greedy: bool) -> None:
         """The kernel calls of sampling R <= logit_rows plain rows, and nothing else: what a recorded decode step holds."""
