@@ -183,8 +183,8 @@ class Kernels(ABC):
     @abstractmethod
     def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
         """out_ids[R] int64 from logits[R, V] f32, which may be overwritten. Greedy rows: argmax, lowest id on ties. Else
-        softmax(logits / temperature); keep top_k; of those the smallest set whose probability reaches top_p; of those with p >= min_p * max;
-        then inverse-CDF in id order with the row's uniform number (`uniform_from_seed`)."""
+        softmax(logits / temperature); keep top_k; of those the smallest set whose probability reaches top_p; of those with
+        p >= min_p * max; then inverse-CDF in id order with the row's uniform number (`uniform_from_seed`)."""
 
     @abstractmethod
     def top_logprobs(
