@@ -244,9 +244,9 @@ def main() -> None:
                 print(
                     "  ", {key: round(value, 2) if isinstance(value, float) else value for key, value in line.items()}, flush=True
                 )
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
     print(record.get("limits"))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def _tile_count(queries, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
 @triton.jit
 def _attend(
     q, cache, table, length, begin, stop, inner, outer,
-    stride_block: tl.constexpr, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def _combine(
 @triton.jit(do_not_specialize=["num_seqs"])
 def decode_attention_kernel(
     q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, inner, outer, num_seqs,
-    stride_q, stride_out, stride_table, stride_block: tl.constexpr, stride_kv: tl.constexpr,
+    stride_q, stride_out, stride_table, stride_block, stride_kv: tl.constexpr,
     stride_token: tl.constexpr, stride_head: tl.constexpr,
     PARTS: tl.constexpr, SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOGETHER: tl.constexpr,

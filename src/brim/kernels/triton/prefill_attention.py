@@ -17,7 +17,7 @@ from brim.kernels.triton.tiles import load_tile, scaled_scores, softmax_step, ti
 @triton.jit
 def _attend(
     acc, top, total, q, cache, table, query_pos, begin, stop, inner, outer,
-    stride_block: tl.constexpr, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr, last_pos, lowest,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _attend(
 @triton.jit(do_not_specialize=["num_seqs"])
 def prefill_attention_kernel(
     q, cache, out, tables, query_start, seq_lens, inner, outer, num_seqs, stride_q, stride_out, stride_table,
-    stride_block: tl.constexpr, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
     SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SKIP_DECODES: tl.constexpr,

@@ -28,7 +28,7 @@ def _head_norm(low, high, q_norm, k_norm, is_q, half, inside, eps, HALF: tl.cons
 @triton.jit
 def rope_and_cache_kernel(
     qkv, positions, cos_sin, cache, slots, q_norm, k_norm, eps, stride_qkv, stride_table,
-    stride_block: tl.constexpr, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS_BLOCK: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip

@@ -11,7 +11,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def tile_pointers(
-    cache, table, keys, visible, stride_block: tl.constexpr, stride_token: tl.constexpr,
+    cache, table, keys, visible, stride_block, stride_token: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Addresses [keys, D_PAD] of K (V lies stride_kv further). Table entries of positions not visible are never read."""

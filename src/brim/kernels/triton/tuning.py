@@ -1,12 +1,14 @@
-"""Fixed launch choices per class of shape, measured once. Owns block sizes, warps and stages; nothing is searched at start-up.
+"""Fixed launch choices per class of shape, never searched at start-up. Owns block sizes, warps and stages.
 
-Measured on an NVIDIA H100; the record lies in benchmarks/results. A choice depends only on what is known when a graph is
+Each choice has run on an NVIDIA H100 (benchmarks/results); benchmarks/cuda_tuning.py times others. A choice depends only on what is known when a graph is
 captured (head sizes, element size, bounds of the batch), never on the lengths inside it.
+
+An indirect load (block table, then tile) takes pipeline stages two at a time: 3, 5 and 7 hold one, two and three tiles ahead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,10 @@ def decode_tile(head_dim: int, group: int, element_bytes: int) -> AttentionTile:
         return AttentionTile(rows, 16 if width > 128 else 32, 4, 2)
     if width > 128:
         return AttentionTile(rows, 32, 4, 3)
-    return AttentionTile(rows, 64, 4, 3)
+    return replace(DECODE_TILE, rows=rows)
 
 
+DECODE_TILE = AttentionTile(16, 64, 4, 3)
 DECODE_PROGRAMS_PER_CORE = 2
 
 
@@ -49,7 +52,10 @@ def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: i
         return AttentionTile(max(16, least), 64 if width <= 128 else 32, 4, 3)
     if packed <= 64 or width > 128:
         return AttentionTile(max(64, least), 64 if width <= 128 else 32, 4, 3)
-    return AttentionTile(max(128, least), 64, 8, 3)
+    return replace(PREFILL_TILE, rows=max(PREFILL_TILE.rows, least))
+
+
+PREFILL_TILE = AttentionTile(128, 64, 8, 3)
 
 
 def norm_warps(width: int) -> int:
