@@ -26,6 +26,23 @@ _HF_FAMILIES: dict[str, Family] = {
 _GGUF_FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
 _ACTIVATIONS: dict[str, ActivationName] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _DEFAULT_WINDOW = 4096  # of every family that has one
+# what an absent key means; a wrapper stores its text part without what equals these
+_DEFAULT_COUNTS: dict[Family, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma3": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+    },
+}
 _MOST_LAYERS = 1024
 _GEMMA3_27B_LAYERS = 62
 _GGUF_EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
@@ -129,10 +146,12 @@ class _Reader:
         self._refuse_features()
         hidden_size = self._count("hidden_size")
         num_heads = self._count("num_attention_heads")
-        head_dim = self._count("head_dim", {"gemma3": 256, "qwen3": 128}.get(family, hidden_size // num_heads))
+        head_dim = self._count("head_dim", _DEFAULT_COUNTS[family].get("head_dim", hidden_size // num_heads))
         if head_dim % 2:
             raise BrokenModel(f"{self._where}: 'head_dim' is {head_dim}, which rotary embedding cannot halve.")
-        num_kv_heads = self._count("num_key_value_heads", num_heads)
+        is_null = "num_key_value_heads" in self._config  # null: as many as query heads; absent: the family's default
+        kv_default = num_heads if is_null else _DEFAULT_COUNTS[family].get("num_key_value_heads", num_heads)
+        num_kv_heads = self._count("num_key_value_heads", kv_default)
         if num_heads % num_kv_heads:
             raise BrokenModel(f"{self._where}: {num_heads} attention heads cannot be grouped over {num_kv_heads} kv heads.")
         kinds, window = self._layer_kinds()
@@ -140,7 +159,7 @@ class _Reader:
         bias = bool(self._config.get("attention_bias", False))
         return ModelSpec(
             family=family,
-            vocab_size=self._count("vocab_size", 262_208 if gemma else None),
+            vocab_size=self._count("vocab_size"),
             hidden_size=hidden_size,
             num_layers=len(kinds),
             num_heads=num_heads,
@@ -148,7 +167,7 @@ class _Reader:
             head_dim=head_dim,
             intermediate_size=self._count("intermediate_size"),
             rms_norm_eps=self._number("rms_norm_eps", 1e-6),
-            max_position=self._count("max_position_embeddings", 131_072 if gemma else None),
+            max_position=self._count("max_position_embeddings"),
             layer_kinds=kinds,
             sliding_window=window,
             rope_full=self._rope("full_attention", 1_000_000.0 if gemma else 10_000.0),
@@ -182,7 +201,7 @@ class _Reader:
     def _count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
         value = self._config.get(key)
         if value is None:
-            value = default
+            value = _DEFAULT_COUNTS[self._family].get(key) if default is None else default
         if value is None:
             raise BrokenModel(f"{self._where} has no '{key}'; download the model again.")
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:

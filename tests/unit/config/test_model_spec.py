@@ -94,6 +94,37 @@ def test_multimodal_gemma3_takes_ids_and_dtype_from_outside() -> None:
     assert spec.eos_token_ids == (1, 106) and spec.stored_dtype == "bfloat16"
 
 
+def test_a_multimodal_gemma3_names_only_what_differs_from_the_defaults() -> None:
+    """Wrappers store their text part without what equals the default: Gemma 3 4B's config.json names five values."""
+    from transformers import Gemma3TextConfig
+
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    spec, theirs = spec_from_hf_config({"model_type": "gemma3", "text_config": text}), Gemma3TextConfig(**text)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (8, 4, 256)
+    assert [f"{kind}_attention" for kind in spec.layer_kinds] == theirs.layer_types
+    assert (spec.rope_full.factor, spec.rope_sliding.factor, spec.sliding_window) == (8.0, 1.0, 1024)
+    assert spec.num_parameters == 3_880_263_168
+    bare, theirs = spec_from_hf_config({"model_type": "gemma3_text"}), Gemma3TextConfig()
+    assert (bare.hidden_size, bare.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
+    assert (bare.num_layers, bare.num_heads, bare.num_kv_heads) == (26, theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert (bare.head_dim, bare.vocab_size, bare.max_position) == (256, theirs.vocab_size, theirs.max_position_embeddings)
+
+
+def test_absent_kv_heads_are_the_default_of_the_family() -> None:
+    """As `transformers` reads them; Llama's null, and that of older configs of the others, is as many as query heads."""
+    from transformers import AutoConfig
+
+    sizes = {**{k: v for k, v in LLAMA.items() if k not in ("model_type", "num_key_value_heads")}, "num_attention_heads": 32}
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text"):
+        theirs = AutoConfig.for_model(family, **sizes)
+        ours = spec_from_hf_config({**sizes, "model_type": family})
+        assert (ours.num_kv_heads, ours.max_position) == (theirs.num_key_value_heads, 128), family
+        assert spec_from_hf_config({**sizes, "model_type": family, "num_key_value_heads": None}).num_kv_heads == 32
+
+
 def test_defaults_are_those_of_transformers() -> None:
     """Checked against the config classes themselves, so that a short config.json means the same to both."""
     from transformers import MistralConfig, Qwen2Config, Qwen3Config
