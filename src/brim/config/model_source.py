@@ -40,6 +40,7 @@ def open_model(config: ModelConfig) -> ModelSource:
     files = resolve_model(config.model, config.revision)
     dummy = config.load_format == "dummy"
     if not dummy and files.kind == "config_only":
+        spec_from_hf_config(_read_json(files.config_path))  # what cannot run with any weights is said first
         raise ModelNotFound(f"'{config.model}' has a config.json but no weights; add --load-format dummy for random weights.")
     if config.load_format in ("gguf", "safetensors") and files.kind != config.load_format:
         raise ModelNotFound(f"'{config.model}' holds {files.kind} files, not {config.load_format}; drop --load-format.")
@@ -76,7 +77,7 @@ def _read_json(path: Path | None) -> dict[str, Any]:
         raise ModelNotFound("The model has no config.json; download it again.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenModel(f"{path} cannot be read as JSON ({error}); download the model again.") from error
     if not isinstance(data, dict):
         raise BrokenModel(f"{path} is not a JSON object; download the model again.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import stat
 from pathlib import Path
 
 from brim.errors import BrokenModel, ModelNotFound
@@ -19,6 +20,8 @@ class MappedFile:
         """Maps `path`. Raises ModelNotFound where there is no readable file, BrokenModel for an empty one."""
         self.path = path
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+                raise ModelNotFound(f"{path} is not a regular file; check the path.")
             with path.open("rb") as file:
                 self.size_bytes = path.stat().st_size
                 if self.size_bytes == 0:
