@@ -52,12 +52,8 @@ class LLM:
         started = time.perf_counter()
         with ThreadPoolExecutor(1, "brim-front") as pool:
             front = pool.submit(open_front, self.config)
-            self._core, self.info = build_engine_core(self.config, on_progress or _ignore)
-            try:
-                self._front = front.result()
-            except BaseException:
-                self._core.close()
-                raise
+            self._core, self.info = build_engine_core(self.config, on_progress or _ignore, meanwhile=front.result)
+            self._front = front.result()
         self.info["has_chat_template"] = self._front.chat_template is not None
         self.info["ready_s"] = round(time.perf_counter() - started, 3)
         self._processor = OutputProcessor(self._front.text_tools)

@@ -27,10 +27,13 @@ from brim.worker.device_worker import DeviceWorker
 from brim.worker.startup import start_worker
 
 
-def build_engine_core(config: BrimConfig, on_progress: Callable[[StartupProgress], None]) -> tuple[EngineCore, dict[str, Any]]:
+def build_engine_core(
+    config: BrimConfig, on_progress: Callable[[StartupProgress], None], meanwhile: Callable[[], object] | None = None
+) -> tuple[EngineCore, dict[str, Any]]:
     """An engine that is ready to serve, and what to say of it (plain JSON values).
 
-    Raises BrimError: the model cannot be used, it does not fit, or the device fails.
+    `meanwhile` waits for what else this process opens at the same time; it is called before the plan reads the device, so that
+    what that took is measured and the plan is the same every time. Raises BrimError: the model cannot be used, it does not fit, or the device fails.
     """
     started = time.perf_counter()
     platform = detect(config.device.device)
@@ -41,6 +44,8 @@ def build_engine_core(config: BrimConfig, on_progress: Callable[[StartupProgress
         native = config.device.kernels != "torch"
         selection = select_kernels(platform.torch_device(), config.device.num_threads, source.spec.head_dim, native)
         selections.append(selection)
+        if meanwhile is not None:
+            meanwhile()
         return selection.kernels
 
     worker = start_worker(config, platform, make_kernels, source, on_progress)

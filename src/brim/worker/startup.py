@@ -44,6 +44,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _HEAP_BYTES = 16 * MIB
 _HEAP_BYTES_PER_TOKEN = 48  # a prompt as a list of ints, its int64 buffer, its hashes
 _HEAP_TOKENS = 1 << 18
+_STARTING_BYTES = 16 * MIB  # measured: 11 to 14 with 16 sequences, 17 with 64 (docs/memory.md, kernels and programs)
+_STARTING_BYTES_PER_SEQ = 96 << 10
 
 
 def start_worker(
@@ -173,6 +175,8 @@ def _footprint(source: ModelSource, platform: Platform, kernels: Kernels, dtype:
             LedgerLine("workspace", "step workspace", workspace.num_bytes, "computed"),
         ]
         if platform.capabilities.host_memory:
+            starting = _STARTING_BYTES + limits.max_num_seqs * _STARTING_BYTES_PER_SEQ
+            lines.append(LedgerLine("activations", "kernels and programs", starting, "predicted"))
             lines.append(LedgerLine("buffers", "set aside for requests", _heap_bytes(limits, layout), "predicted"))
         return lines
 
