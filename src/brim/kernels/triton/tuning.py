@@ -1,7 +1,7 @@
 """Fixed launch choices per class of shape, never searched at start-up. Owns block sizes, warps and stages.
 
-Each choice has run on an NVIDIA H100 (benchmarks/results); benchmarks/cuda_tuning.py times others. A choice depends only on what is known when a graph is
-captured (head sizes, element size, bounds of the batch), never on the lengths inside it.
+Each choice has run on an NVIDIA H100 (benchmarks/results); benchmarks/cuda_tuning.py times others. A choice depends only on
+what is known when a graph is captured (head sizes, element size, bounds of the batch), never on the lengths inside it.
 
 An indirect load (block table, then tile) takes pipeline stages two at a time: 3, 5 and 7 hold one, two and three tiles ahead.
 """
