@@ -33,7 +33,9 @@ def build_engine_core(
     """An engine that is ready to serve, and what to say of it (plain JSON values).
 
     `meanwhile` waits for what else this process opens at the same time; it is called before the plan reads the device, so that
-    what that took is measured and the plan is the same every time. Raises BrimError: the model cannot be used, it does not fit, or the device fails.
+    what that took is measured and the plan is the same every time.
+
+    Raises BrimError: the model cannot be used, it does not fit, or the device fails.
     """
     started = time.perf_counter()
     platform = detect(config.device.device)

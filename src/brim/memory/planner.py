@@ -27,7 +27,8 @@ _MIB = 1 << 20
 class PlanRequest:
     """Everything a plan depends on. max_model_len "auto": the longest that fits, at most model_max_len.
 
-    reserve_given: the user named the reserve, so nothing may shrink it.
+    reserve_given: the user named the reserve, so nothing may shrink it. noise_bytes: by how much the reading of another start
+    may differ; suggestions leave that much room, so that they start when they are followed.
     """
 
     memory: MemoryRequest
@@ -41,6 +42,7 @@ class PlanRequest:
     model_max_len: int
     granularity_bytes: int = 1
     reserve_given: bool = False
+    noise_bytes: int = 0
 
     def limits(self, max_model_len: int) -> StepLimits:
         """The step limits at that length."""
@@ -173,7 +175,8 @@ def _refusal(request: PlanRequest, budget: Budget) -> MemoryBudgetError:
 def nearest_settings(request: PlanRequest, budget: Budget) -> list[str]:
     """Flags that would start, best first, each of them tried; more memory comes last."""
     memory = least_memory(request)
-    return _smaller(request, budget) + ([] if memory is None else [f"--memory {memory}"])
+    calm = replace(budget, cap_bytes=budget.cap_bytes - request.noise_bytes)
+    return _smaller(request, calm) + ([] if memory is None else [f"--memory {memory}"])
 
 
 def _smaller(request: PlanRequest, budget: Budget) -> list[str]:
@@ -229,7 +232,7 @@ def least_memory(request: PlanRequest) -> MemoryRequest | None:
     limits = request.limits(2 if request.max_model_len == "auto" else request.max_model_len)
     split = KVSplit(request.layout, limits, request.granularity_bytes)
     serve_bytes = request.footprint.held_bytes(limits) + split.bytes_for(split.minimum)
-    need_bytes = round_up(max(serve_bytes, request.footprint.load_peak_bytes), _MIB)
+    need_bytes = round_up(max(serve_bytes, request.footprint.load_peak_bytes) + request.noise_bytes, _MIB)
     memory = MemoryRequest("bytes", num_bytes=need_bytes)
     changed = replace(request, memory=memory)
     try:

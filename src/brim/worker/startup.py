@@ -46,6 +46,7 @@ _HEAP_BYTES_PER_TOKEN = 48  # a prompt as a list of ints, its int64 buffer, its 
 _HEAP_TOKENS = 1 << 18
 _STARTING_BYTES = 16 * MIB  # measured: 11 to 14 with 16 sequences, 17 with 64 (docs/memory.md, kernels and programs)
 _STARTING_BYTES_PER_SEQ = 96 << 10
+_NOISE_BYTES = 2 * MIB  # readings of the same start differ by up to 0.6 MiB
 
 
 def start_worker(
@@ -105,6 +106,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
             max_model_len=_model_len(config, defaults, spec.max_position),
             model_max_len=spec.max_position,
             granularity_bytes=platform.capabilities.granularity_bytes,
+            noise_bytes=_NOISE_BYTES if platform.capabilities.host_memory else 0,
         )
     )
     if not config.scheduler.enable_chunked_prefill and plan.limits.max_model_len > num_tokens:

@@ -312,3 +312,16 @@ def test_settled_plans_keep_the_ceiling(held: int, memory: str) -> None:
     settled = plan.settle(held)
     assert held + settled.kv_bytes <= settled.cap_bytes <= settled.ceiling_bytes
     assert settled.full_length_requests >= 1
+
+
+@pytest.mark.parametrize("drift", [-2 * MIB, 0, 2 * MIB])
+def test_suggestions_still_start_where_the_next_reading_differs_a_little(drift: int) -> None:
+    def at(context_bytes: int, memory: str, noise_bytes: int) -> PlanRequest:
+        footprint = predicted_footprint(DEMO, context_bytes=context_bytes, element_bytes=2, block_size=16)
+        return replace(request(memory), footprint=footprint, noise_bytes=noise_bytes)
+
+    with pytest.raises(MemoryBudgetError) as caught:
+        make_plan(at(300 * MIB, "850MiB", 2 * MIB))
+    assert caught.value.nearest
+    for flags in caught.value.nearest:
+        make_plan(apply(flags, at(300 * MIB + drift, "850MiB", 0)))
