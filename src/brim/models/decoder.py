@@ -22,15 +22,17 @@ from brim.models.base import BufferShape, Model, StepTensors
 
 
 def decoder_buffer_shapes(spec: ModelSpec, dtype: torch.dtype) -> tuple[BufferShape, ...]:
-    """Workspace of one step. Stages: 0 norm, 1 qkv, 2 attention, 3 output, 4 gate and up, 5 activation, 6 down."""
+    """Workspace of one step. Stages: 0 norm, 1 qkv, 2 attention, 3 output, 4 gate and up, 5 activation, 6 down.
+
+    The activation is written over its gate, element by element, so no buffer of its own is alive in the widest stages.
+    """
     heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return (
         BufferShape("residual", spec.hidden_size, dtype, 0, 6),
         BufferShape("hidden", spec.hidden_size, dtype, 0, 6),
         BufferShape("qkv", heads + 2 * kv_heads, dtype, 1, 2),
         BufferShape("attention", heads, dtype, 2, 3),
-        BufferShape("gate_up", 2 * spec.intermediate_size, dtype, 4, 5),
-        BufferShape("activated", spec.intermediate_size, dtype, 5, 6),
+        BufferShape("gate_up", 2 * spec.intermediate_size, dtype, 4, 6),
     )
 
 
@@ -116,7 +118,7 @@ class DecoderModel(Model):
         kernels = self._kernels
         num_tokens = hidden.shape[0]
         gate_up = step.buffers["gate_up"][:num_tokens]
-        activated = step.buffers["activated"][:num_tokens]
+        activated = gate_up[:, : self.spec.intermediate_size]
         kernels.linear(hidden, layer.gate_up, gate_up, layer.gate_up_bias)
         kernels.gated_activation(gate_up, activated, self.spec.activation)
         kernels.linear(activated, layer.down, hidden, layer.down_bias)

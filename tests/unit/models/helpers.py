@@ -146,6 +146,10 @@ class PagedRun:
             for shape in self.model.buffer_shapes()
         }
 
+    def use_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Temporaries that may share bytes, in place of the own ones."""
+        self._buffers = buffers
+
     def logits(self, ids: Tensor, chunks: Sequence[int]) -> Tensor:
         """[len(ids), vocab] float32, computed in chunks of these lengths."""
         assert sum(chunks) == len(ids)
