@@ -1,18 +1,12 @@
-"""Triton kernels without a GPU: its interpreter is chosen before triton is first imported. With a GPU they run there."""
+"""Triton kernels without a GPU run in its interpreter, which tests/conftest.py chose; with a GPU they run there."""
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "something imported triton too early"
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from triton.runtime import interpreter
 
 
