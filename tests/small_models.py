@@ -54,7 +54,7 @@ def _tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     def norm(size: int) -> Tensor:
         return torch.rand(size, generator=generator) + (0.0 if gemma else 0.5)
 
-    tensors = {"model.embed_tokens.weight": matrix(VOCAB, hidden, 4.0), "model.norm.weight": norm(hidden)}
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB, hidden, 0.5 if gemma else 4.0), "model.norm.weight": norm(hidden)}
     if not gemma:
         tensors["lm_head.weight"] = matrix(VOCAB, hidden, 2.0)
     for layer in range(config["num_hidden_layers"]):

@@ -16,6 +16,15 @@ from brim.kernels.torch_ref import TorchKernels
 from .helpers import CONFIGS, random_model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", params=["torch", "native"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """The reference and the native kernels."""
