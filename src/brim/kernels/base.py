@@ -142,7 +142,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def gated_activation(self, gate_up: Tensor, out: Tensor, activation: Activation) -> None:
-        """out[T, N] = act(gate_up[T, :N]) * gate_up[T, N:2N], computed in float32."""
+        """out[T, N] = act(gate_up[T, :N]) * gate_up[T, N:2N], computed in float32; out may be gate_up[:, :N]."""
 
     @abstractmethod
     def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:

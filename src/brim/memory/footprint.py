@@ -79,20 +79,16 @@ def fixed_lines(
 def decoder_buffers(spec: ModelSpec, num_tokens: int, element_bytes: int) -> list[BufferSpec]:
     """Temporaries of one decoder layer over num_tokens rows, by the stage between which they live.
 
-    Stages: 0 norm, 1 qkv, 2 attention, 3 output projection, 4 norm, 5 gate and up, 6 activation, 7 down.
+    Stages: 0 norm, 1 qkv, 2 attention, 3 output projection, 4 gate and up, 5 activation (over the gate), 6 down.
     """
     queries = spec.num_heads * spec.head_dim
     keys = spec.num_kv_heads * spec.head_dim
     widths = (
-        ("hidden", spec.hidden_size, 0, 7),
-        ("normed", spec.hidden_size, 0, 1),
+        ("residual", spec.hidden_size, 0, 6),
+        ("hidden", spec.hidden_size, 0, 6),
         ("qkv", queries + 2 * keys, 1, 2),
         ("attention", queries, 2, 3),
-        ("projected", spec.hidden_size, 3, 4),
-        ("mlp_normed", spec.hidden_size, 4, 5),
-        ("gate_up", 2 * spec.intermediate_size, 5, 6),
-        ("activated", spec.intermediate_size, 6, 7),
-        ("down", spec.hidden_size, 7, 7),
+        ("gate_up", 2 * spec.intermediate_size, 4, 6),
     )
     return [BufferSpec(name, num_tokens * width * element_bytes, first, last) for name, width, first, last in widths]
 
