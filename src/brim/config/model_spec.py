@@ -166,7 +166,7 @@ class _Reader:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             intermediate_size=self._count("intermediate_size"),
-            rms_norm_eps=self._number("rms_norm_eps", 1e-6),
+            rms_norm_eps=self._number("rms_norm_eps", 1e-6, positive=True),
             max_position=self._count("max_position_embeddings"),
             layer_kinds=kinds,
             sliding_window=window,

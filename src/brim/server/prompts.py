@@ -20,6 +20,7 @@ from brim.server.seams import ServerFront
 T = TypeVar("T")
 MOST_SEQUENCES = 1024  # of one HTTP request: prompts times n
 _IN_THREAD_FROM = 4096  # characters or ids of one HTTP request
+MAX_TOKENIZE_CHARACTERS = 200_000
 _ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 
 
@@ -74,7 +75,8 @@ class Prompts:
         return ids
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a text, of any length."""
+        """Ids of a text of at most MAX_TOKENIZE_CHARACTERS. Raises RequestError."""
+        _check_tokenizable(len(text), "prompt")
 
         def work() -> list[int]:
             return self._front.encode(text, add_special_tokens=add_special_tokens)
@@ -95,8 +97,11 @@ class Prompts:
         _check_messages(messages)
 
         def work() -> list[int]:
+            num_characters = sum(map(_num_characters, messages))
             if within_context:
-                self._check_characters(sum(map(_num_characters, messages)))
+                self._check_characters(num_characters)
+            else:
+                _check_tokenizable(num_characters, "messages")
             return self._front.encode_chat(messages, **settings)
 
         return await asyncio.to_thread(work)  # templates may take their time, however short the messages
@@ -188,6 +193,16 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
 def _num_characters(message: Mapping[str, Any]) -> int:
     content = message.get("content") or ""
     return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+
+
+def _check_tokenizable(num_characters: int, param: str) -> None:
+    """Bounds what one /tokenize can make us do: about a second of work."""
+    if num_characters > MAX_TOKENIZE_CHARACTERS:
+        raise RequestError(
+            f"The text has {num_characters:,} characters and one call takes {MAX_TOKENIZE_CHARACTERS:,}; send it in parts.",
+            param=param,
+            code="string_above_max_length",
+        )
 
 
 async def _run(work: Callable[[], T], size: int) -> T:

@@ -272,3 +272,9 @@ def test_rope_divisors_must_fit_the_heads() -> None:
     assert spec_from_gguf(GGUF, SHAPES, [1.0] * 8).rope_full.divisors == (1.0,) * 8
     with pytest.raises(BrokenModel, match=r"rope_freqs\.weight"):
         spec_from_gguf(GGUF, SHAPES, [1.0] * 7)
+
+
+@pytest.mark.parametrize("epsilon", [0, -1e-6])
+def test_a_norm_epsilon_that_no_norm_can_use_is_refused(epsilon: float) -> None:
+    with pytest.raises(BrokenModel, match="rms_norm_eps"):
+        spec_from_hf_config({**LLAMA, "rms_norm_eps": epsilon})

@@ -78,6 +78,15 @@ def test_two_servers_in_a_process_count_apart(make_api: Callable[..., Api]) -> N
     assert samples(other)["brim_prompt_tokens_total", ""] == 0
 
 
+def test_a_text_too_long_to_tokenize_at_once_is_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brim.server.prompts.MAX_TOKENIZE_CHARACTERS", 10)
+    assert api.post("/tokenize", {"prompt": "a" * 10}).status_code == 200
+    answer = api.post("/tokenize", {"prompt": "a" * 11})
+    assert answer.status_code == 400
+    assert "11 characters" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "prompt"
+
+
 def test_tokenize_and_back(api: Api) -> None:
     answer = api.post("/tokenize", {"prompt": "hey", "model": "letters", "return_token_strs": True}).json()
     assert answer == {"count": 4, "max_model_len": 128, "tokens": answer["tokens"], "token_strs": ["<bos>", "h", "e", "y"]}
