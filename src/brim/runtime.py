@@ -121,6 +121,10 @@ def _describe(
         "kv_tokens": plan.kv_tokens,
         "full_length_requests": plan.full_length_requests,
         "cap_bytes": plan.cap_bytes,
+        "torch_device": str(platform.torch_device()),
+        "embedding_only_bytes": 0
+        if spec.tie_word_embeddings
+        else selection.kernels.linear_num_bytes(spec.vocab_size, spec.hidden_size, settings.dtype),
         "weight_bytes": worker.ready.warm.reserved.loaded.model.weight_bytes,
         "kv_bytes_per_token": plan.split.layout.token_bytes,
         "ready_s": round(ready_s, 3),
