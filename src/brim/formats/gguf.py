@@ -18,7 +18,7 @@ import numpy as np
 
 from brim.errors import BrokenModel, UnsupportedModel
 from brim.formats.ggml_type import GGMLType, ggml_type
-from brim.formats.mapped_file import MappedFile
+from brim.formats.mapped_file import MappedFile, MappedTensors
 from brim.units import round_up
 
 _MAGIC = b"GGUF"
@@ -46,14 +46,14 @@ class GGUFTensor:
     num_bytes: int
 
 
-class GGUFFile:
+class GGUFFile(MappedTensors[GGUFTensor]):
     """An open GGUF file: `metadata` in plain Python values (numeric arrays are numpy) and tensors by name. A WeightSource."""
 
+    advice = "download or convert the file again"
+
     def __init__(self, mapped: MappedFile, metadata: dict[str, Any], tensors: dict[str, GGUFTensor]) -> None:
-        self._mapped = mapped
-        self.path = mapped.path
+        super().__init__(mapped, tensors)
         self.metadata = metadata
-        self.tensors = tensors
 
     @classmethod
     def open(cls, path: Path | str) -> GGUFFile:
@@ -75,31 +75,6 @@ class GGUFFile:
         except BaseException:
             mapped.close()
             raise
-
-    def names(self) -> list[str]:
-        """Tensor names in file order."""
-        return list(self.tensors)
-
-    def info(self, name: str) -> GGUFTensor:
-        """Raises BrokenModel for a name the file does not have."""
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise BrokenModel(f"{self.path} has no tensor '{name}'; download or convert the file again.") from None
-
-    def tensor_bytes(self, name: str) -> memoryview:
-        """The stored (quantised) bytes, as a view over the mapping."""
-        tensor = self.info(name)
-        return self._mapped.view(tensor.offset, tensor.num_bytes)
-
-    def release(self, name: str) -> None:
-        """Drop the tensor's pages from resident memory."""
-        tensor = self.info(name)
-        self._mapped.release(tensor.offset, tensor.num_bytes)
-
-    def close(self) -> None:
-        """Unmap."""
-        self._mapped.close()
 
 
 class _HeaderReader:

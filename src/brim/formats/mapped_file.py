@@ -9,8 +9,12 @@ import contextlib
 import mmap
 import stat
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from brim.errors import BrokenModel, ModelNotFound
+from brim.formats.weight_file import TensorInfo
+
+T = TypeVar("T", bound=TensorInfo)
 
 
 class MappedFile:
@@ -48,3 +52,39 @@ class MappedFile:
         """Unmap; where views are still held, the mapping goes with the last of them."""
         with contextlib.suppress(BufferError):
             self.data.close()
+
+
+class MappedTensors(Generic[T]):
+    """Named tensors in one mapped file: a WeightSource, whatever the format. `advice`: what to do where one is missing."""
+
+    advice = "download the model again"
+
+    def __init__(self, mapped: MappedFile, tensors: dict[str, T]) -> None:
+        self._mapped = mapped
+        self.path = mapped.path
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        return list(self.tensors)
+
+    def info(self, name: str) -> T:
+        """Raises BrokenModel for a name the file does not have."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise BrokenModel(f"{self.path} has no tensor '{name}'; {self.advice}.") from None
+
+    def tensor_bytes(self, name: str) -> memoryview:
+        """The bytes as they are stored, as a view over the mapping."""
+        tensor = self.info(name)
+        return self._mapped.view(tensor.offset, tensor.num_bytes)
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from resident memory."""
+        tensor = self.info(name)
+        self._mapped.release(tensor.offset, tensor.num_bytes)
+
+    def close(self) -> None:
+        """Unmap."""
+        self._mapped.close()

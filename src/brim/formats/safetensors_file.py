@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from brim.errors import BrokenModel, UnsupportedModel
-from brim.formats.mapped_file import MappedFile
+from brim.formats.mapped_file import MappedFile, MappedTensors
 from brim.formats.weight_file import WeightSource
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -36,13 +36,8 @@ class SafetensorsTensor:
     num_bytes: int
 
 
-class SafetensorsFile:
+class SafetensorsFile(MappedTensors[SafetensorsTensor]):
     """One open .safetensors file. A WeightSource."""
-
-    def __init__(self, mapped: MappedFile, tensors: dict[str, SafetensorsTensor]) -> None:
-        self._mapped = mapped
-        self.path = mapped.path
-        self.tensors = tensors
 
     @classmethod
     def open(cls, path: Path | str) -> SafetensorsFile:
@@ -53,31 +48,6 @@ class SafetensorsFile:
         except BaseException:
             mapped.close()
             raise
-
-    def names(self) -> list[str]:
-        """Tensor names."""
-        return list(self.tensors)
-
-    def info(self, name: str) -> SafetensorsTensor:
-        """Raises BrokenModel for a name the file does not have."""
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise BrokenModel(f"{self.path} has no tensor '{name}'; download the model again.") from None
-
-    def tensor_bytes(self, name: str) -> memoryview:
-        """The stored bytes, as a view over the mapping."""
-        tensor = self.info(name)
-        return self._mapped.view(tensor.offset, tensor.num_bytes)
-
-    def release(self, name: str) -> None:
-        """Drop the tensor's pages from resident memory."""
-        tensor = self.info(name)
-        self._mapped.release(tensor.offset, tensor.num_bytes)
-
-    def close(self) -> None:
-        """Unmap."""
-        self._mapped.close()
 
 
 class SafetensorsShards:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from brim.kernels.base import AttentionBatch
-from brim.memory.footprint import StepLimits
+from brim.memory.footprint import StepLimits, input_bytes
 from brim.memory.kv_layout import KVLayout
 from brim.units import ceil_div
 
@@ -64,9 +64,7 @@ class StepInputs:
     @staticmethod
     def bytes_for(limits: StepLimits, num_groups: int, block_size: int) -> int:
         """What a StepInputs of these limits holds, without building one."""
-        seqs, tokens = limits.max_num_seqs, limits.max_num_tokens
-        blocks = ceil_div(limits.max_model_len, block_size)
-        return tokens * 16 + seqs * 16 + 4 + num_groups * (tokens * 8 + seqs * blocks * 4)
+        return input_bytes(limits, num_groups, block_size)
 
     def fill(self, step: StepArrays) -> list[AttentionBatch]:
         """Write one step into the buffers; returns one AttentionBatch a KV group over views of them."""
