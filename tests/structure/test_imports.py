@@ -45,6 +45,8 @@ FACTORIES: dict[str, str] = {
     "formats.model_files:_download_file": "the hub's client is slow to import and needed for hub ids only",
     "kernels.select:select_kernels": "the native kernels are built only where they are wanted",
     "platforms.base:Platform.torch_device": "a platform is asked for figures where torch is not loaded",
+    "platforms.base:Platform.memory_view": "a platform is asked for figures where torch is not loaded",
+    "platforms.base:Platform.as_brim_error": "a platform is asked for figures where torch is not loaded",
 }
 TORCH_FREE_PACKAGES = ("errors", "units", "config", "text", "engine", "cli")
 TORCH_FREE_EXCEPTIONS = frozenset({"cli.bandwidth_probe"})

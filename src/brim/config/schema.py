@@ -13,6 +13,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceType = Literal["auto", "cpu", "cuda", "rocm", "xpu", "fake"]
 KernelChoice = Literal["auto", "torch", "native", "triton"]
+ArenaChoice = Literal["auto", "static"]
 GraphMode = Literal["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
 MemoryKind = Literal["max", "enough", "bytes", "fraction"]
 
@@ -73,6 +74,7 @@ class DeviceConfig:
     device: DeviceType = "auto"
     kernels: KernelChoice = "auto"
     num_threads: int | None = None
+    arena: ArenaChoice = "auto"  # static: do without reserve/commit
     graph_mode: GraphMode | None = None
     enforce_eager: bool = False
     compile: bool = False

@@ -7,12 +7,14 @@ Torch-free to import; a method that hands out torch objects imports torch itself
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from brim.config.schema import GraphMode, MemoryKind
-from brim.errors import OutOfDeviceMemory
+from brim.errors import BrimError, DeviceError, DeviceLost, OutOfDeviceMemory
 from brim.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -71,6 +73,13 @@ class PlatformDefaults:
     context_bytes: int  # predicted share of libraries and runtime, where it cannot be measured yet
 
 
+class DeviceGraph(Protocol):
+    """Device work captured once; its addresses and sizes are fixed, its values are read from memory at each replay."""
+
+    def replay(self) -> None:
+        """Queue all of it on the worker's stream."""
+
+
 class Platform(ABC):
     """One device as this process sees it. Readings are cheap enough for every step; nothing here is global state."""
 
@@ -110,6 +119,37 @@ class Platform(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until queued work is done. Nothing to do where work is not queued."""
+
+    def restrict(self, **changes: Any) -> None:
+        """Do without a capability from now on (a flag, or a feature that killed an earlier start)."""
+        self.capabilities = replace(self.capabilities, **changes)
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Entered around every phase and step: all of a worker's work goes through one queue of the device, so that libraries
+        keep one workspace and graphs are captured where eager steps run."""
+        return nullcontext()
+
+    def capture(self) -> AbstractContextManager[DeviceGraph]:
+        """Capture the device work queued inside, which runs only when the graph is replayed; only where capabilities.graphs.
+
+        All graphs of a platform share one memory pool. Raises DeviceError where the work cannot be captured."""
+        raise DeviceError(f"Platform '{self.name}' captures no graphs.")
+
+    def memory_view(self, address: int, num_bytes: int) -> torch.Tensor:
+        """A uint8 tensor [num_bytes] over memory that somebody else owns, at an address of this device. Host memory here."""
+        import torch
+
+        return torch.frombuffer((ctypes.c_ubyte * num_bytes).from_address(address), dtype=torch.uint8)
+
+    def as_brim_error(self, error: BaseException) -> BrimError | None:
+        """What a foreign error raised by device work means: out of memory, a lost device, or None where it is neither."""
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return OutOfDeviceMemory(f"The device is out of memory: {str(error).splitlines()[0]}")
+        if isinstance(error, torch.AcceleratorError):
+            return DeviceLost(f"The device failed and this process can no longer use it: {str(error).splitlines()[0]}")
+        return None
 
     def release_unused(self) -> int:
         """Make allocators give back what they cache; returns by how many bytes `ours` fell (0 where it did not)."""
