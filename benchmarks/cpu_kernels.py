@@ -90,7 +90,7 @@ class Bench:
     def time_program(self, calls: Callable[[], None]) -> float:
         with self.kernels.record() as program:
             calls()
-        return median_s(program.run)
+        return median_s(program.replay)
 
     def shape(self, name: str, out_features: int, in_features: int, all_rows: list[int], out_dtype: torch.dtype) -> None:
         copies = max(1, -(-CACHE_BYTES // self.kernels.linear_num_bytes(out_features, in_features, self.dtype)))

@@ -20,6 +20,7 @@ from brim.engine.sequence_table import SequenceTable
 from brim.formats.cache_folder import cache_folder
 from brim.kernels.base import Kernels
 from brim.kernels.select import KernelSelection, select_kernels
+from brim.kernels.triton.scratch import KernelLimits
 from brim.memory.certificate import Certificate, low_water_bytes
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect
@@ -39,12 +40,15 @@ def build_engine_core(
     """
     started = time.perf_counter()
     platform = detect(config.device.device)
+    if config.device.arena == "static":
+        platform.restrict(reserve_commit=False, arena_backend="static")
     source = open_model(config.model)
     selections: list[KernelSelection] = []
 
-    def make_kernels() -> Kernels:
-        native = config.device.kernels != "torch"
-        selection = select_kernels(platform.torch_device(), config.device.num_threads, source.spec.head_dim, native)
+    def make_kernels(max_num_seqs: int) -> Kernels:
+        spec, native = source.spec, config.device.kernels != "torch"
+        limits = KernelLimits(max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
+        selection = select_kernels(platform.torch_device(), config.device.num_threads, spec.head_dim, native, limits)
         selections.append(selection)
         if meanwhile is not None:
             meanwhile()
@@ -112,6 +116,8 @@ def _describe(
         "kernels": selection.kernels.name,
         "kernels_reason": selection.fallback_reason,
         "num_threads": getattr(selection.kernels, "num_threads", None),
+        "graph_mode": settings.graphs.mode,
+        "graph_mode_reason": settings.graphs.reason,
         "decode_programs": worker.num_programs,
         "vocab_size": spec.vocab_size,
         "eos_token_ids": list(spec.eos_token_ids),

@@ -44,6 +44,7 @@ FACTORIES: dict[str, str] = {
     "formats.model_files:_download_folder": "the hub's client is slow to import and needed for hub ids only",
     "formats.model_files:_download_file": "the hub's client is slow to import and needed for hub ids only",
     "kernels.select:select_kernels": "the native kernels are built only where they are wanted",
+    "kernels.select:_triton": "Triton is installed only where there is an accelerator",
     "platforms.base:Platform.torch_device": "a platform is asked for figures where torch is not loaded",
     "platforms.base:Platform.memory_view": "a platform is asked for figures where torch is not loaded",
     "platforms.base:Platform.as_brim_error": "a platform is asked for figures where torch is not loaded",

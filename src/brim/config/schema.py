@@ -17,6 +17,8 @@ ArenaChoice = Literal["auto", "static"]
 GraphMode = Literal["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
 MemoryKind = Literal["max", "enough", "bytes", "fraction"]
 
+MAX_LOGPROBS = 20  # alternatives a token may be asked to list, as in OpenAI's API
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRequest:

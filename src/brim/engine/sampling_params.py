@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from brim.config.schema import MAX_LOGPROBS
 from brim.errors import InvalidParameter
 
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 
 

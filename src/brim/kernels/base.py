@@ -87,7 +87,7 @@ class SamplingBatch:
 class RecordedProgram(Protocol):
     """Kernel calls recorded over static buffers, run again as one."""
 
-    def run(self) -> None:
+    def replay(self) -> None:
         """Run all recorded calls; values are read from the buffers each time."""
 
 
@@ -95,7 +95,8 @@ class Kernels(ABC):
     """All compute a model step needs. Outputs are written to the `out` buffers; nothing is returned but views."""
 
     name: str
-    can_record: bool = False
+    can_record: bool = False  # calls can be stored and run again by the backend itself, see `record`
+    can_capture: bool = False  # no call waits for the device or allocates: a device graph can hold them all
 
     @property
     def scratch_bytes(self) -> int:
@@ -110,6 +111,9 @@ class Kernels(ABC):
         """Give threads and scratch memory back."""
 
     # weights
+    def reserve_weights(self, num_bytes: int) -> None:  # noqa: B027  (a backend may allocate each matrix on its own)
+        """The next matrices made by `new_linear` take this many bytes together: allocate them at once, with no gaps."""
+
     @abstractmethod
     def new_linear(self, out_features: int, in_features: int, dtype: torch.dtype) -> LinearWeight:
         """Allocate a weight matrix in this backend's layout."""

@@ -18,13 +18,18 @@ _SPLITMIX_MIX2 = 0x94D049BB133111EB - 2**64
 
 
 class TorchLinearWeight(LinearWeight):
-    """A weight matrix as a plain row-major tensor [out_features, in_features]."""
+    """A weight matrix as a plain row-major tensor [out_features, in_features], in memory of its own or in `storage`."""
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, storage: Tensor | None = None
+    ) -> None:
         self.out_features = out_features
         self.in_features = in_features
         self.dtype = dtype
-        self.storage = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+        if storage is None:
+            self.storage = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+        else:
+            self.storage = storage.view(dtype).view(out_features, in_features)
 
     @property
     def num_bytes(self) -> int:

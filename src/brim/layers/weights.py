@@ -56,6 +56,7 @@ def allocate_weights(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, devi
     def norm(size: int) -> Tensor:
         return torch.full((size,), float("nan"), dtype=torch.float32, device=device)
 
+    kernels.reserve_weights(matrices_num_bytes(spec, kernels, dtype))
     hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     qkv_size = (spec.num_heads + 2 * spec.num_kv_heads) * dim
     layers = tuple(
@@ -86,9 +87,16 @@ def weights_num_bytes(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype) -> 
     """What `allocate_weights` holds, layout padding included, computed without allocating."""
     hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     heads, kv_heads = spec.num_heads * dim, spec.num_kv_heads * dim
-    matrices = ((heads + 2 * kv_heads, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner))
-    layer_bytes = sum(kernels.linear_num_bytes(rows, cols, dtype) for rows, cols in matrices)
     floats = hidden * (4 if spec.sandwich_norms else 2) + 2 * dim * spec.qk_norm
     floats += (heads + 2 * kv_heads) * spec.attention_bias + hidden * spec.output_bias + (2 * inner + hidden) * spec.mlp_bias
-    embedding_bytes = kernels.linear_num_bytes(spec.vocab_size, hidden, dtype) * (1 if spec.tie_word_embeddings else 2)
-    return embedding_bytes + spec.num_layers * (layer_bytes + FLOAT_BYTES * floats) + FLOAT_BYTES * hidden
+    return matrices_num_bytes(spec, kernels, dtype) + FLOAT_BYTES * (spec.num_layers * floats + hidden)
+
+
+def matrices_num_bytes(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype) -> int:
+    """The matrices alone, embeddings included."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    matrices = ((heads + 2 * kv_heads, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner))
+    layer_bytes = sum(kernels.linear_num_bytes(rows, cols, dtype) for rows, cols in matrices)
+    embeddings = 1 if spec.tie_word_embeddings else 2
+    return spec.num_layers * layer_bytes + embeddings * kernels.linear_num_bytes(spec.vocab_size, hidden, dtype)

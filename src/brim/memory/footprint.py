@@ -1,4 +1,4 @@
-"""What a start takes apart from KV, before any weight is read. Owns `StepLimits` and `Footprint`. Torch-free.
+"""What a start takes apart from KV, before any weight is read. Owns `Footprint`. Torch-free.
 
 The worker that knows its model and buffers exactly builds the Footprint from their own arithmetic (computed lines);
 `predicted_footprint` does the same from the spec alone, for `brim plan` on a machine that has neither weights nor device.
@@ -7,26 +7,20 @@ The worker that knows its model and buffers exactly builds the Footprint from th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from brim.config.model_spec import ModelSpec
 from brim.memory.ledger import KnownBy, LedgerLine
-from brim.memory.workspace import BufferSpec, plan_workspace
-from brim.units import ceil_div
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """The largest step the scheduler may ever form: sequences, tokens, positions a sequence can have."""
-
-    max_num_seqs: int
-    max_num_tokens: int
-    max_model_len: int
-
-    def with_(self, **changes: int) -> StepLimits:
-        """A copy with other values."""
-        return replace(self, **changes)
-
+from brim.memory.step_memory import (
+    StepLimits,
+    arrays_bytes,
+    input_arrays,
+    logit_rows,
+    rotary_table_bytes,
+    sampler_arrays,
+    step_buffers,
+)
+from brim.memory.workspace import plan_workspace
 
 LinesFor = Callable[[StepLimits], Sequence[LedgerLine]]
 
@@ -76,42 +70,6 @@ def fixed_lines(
     return tuple(lines)
 
 
-def decoder_buffers(spec: ModelSpec, num_tokens: int, element_bytes: int) -> list[BufferSpec]:
-    """Temporaries of one decoder layer over num_tokens rows, by the stage between which they live.
-
-    Stages: 0 norm, 1 qkv, 2 attention, 3 output projection, 4 gate and up, 5 activation (over the gate), 6 down.
-    """
-    queries = spec.num_heads * spec.head_dim
-    keys = spec.num_kv_heads * spec.head_dim
-    widths = (
-        ("residual", spec.hidden_size, 0, 6),
-        ("hidden", spec.hidden_size, 0, 6),
-        ("qkv", queries + 2 * keys, 1, 2),
-        ("attention", queries, 2, 3),
-        ("gate_up", 2 * spec.intermediate_size, 4, 6),
-    )
-    return [BufferSpec(name, num_tokens * width * element_bytes, first, last) for name, width, first, last in widths]
-
-
-def rotary_table_bytes(spec: ModelSpec, max_model_len: int) -> int:
-    """float32 cos and sin of half the head for each position, once for each distinct rotary setting."""
-    kinds = {spec.rope_full if kind == "full" else spec.rope_sliding for kind in spec.layer_kinds}
-    return len(kinds) * max_model_len * spec.head_dim * 4
-
-
-def input_bytes(limits: StepLimits, num_groups: int, block_size: int) -> int:
-    """Ids, positions, slots and block tables of the largest step."""
-    tokens, seqs = limits.max_num_tokens, limits.max_num_seqs
-    blocks = ceil_div(limits.max_model_len, block_size)
-    return tokens * 16 + seqs * 16 + 4 + num_groups * (tokens * 8 + seqs * blocks * 4)
-
-
-def sampler_bytes(spec: ModelSpec, max_num_seqs: int, element_bytes: int, logits_limit_bytes: int = 32 << 20) -> int:
-    """float32 logits of as many rows as fit in the limit (at least one), and the hidden rows and parameters of all."""
-    rows = max(1, min(max_num_seqs, logits_limit_bytes // (4 * spec.vocab_size)))
-    return rows * spec.vocab_size * 4 + max_num_seqs * (spec.hidden_size * element_bytes + 48)
-
-
 def predicted_footprint(
     spec: ModelSpec, *, context_bytes: int, element_bytes: int, block_size: int, weight_bytes: int | None = None
 ) -> Footprint:
@@ -123,11 +81,14 @@ def predicted_footprint(
     num_groups = len(set(spec.layer_kinds))
 
     def lines_for(limits: StepLimits) -> list[LedgerLine]:
-        workspace = plan_workspace(decoder_buffers(spec, limits.max_num_tokens, element_bytes))
+        workspace = plan_workspace(step_buffers(spec, limits, element_bytes))
+        inputs = arrays_bytes(input_arrays(limits, num_groups, block_size))
+        rows = logit_rows(spec, limits, element_bytes)
+        sampler = arrays_bytes(sampler_arrays(spec.vocab_size, spec.hidden_size, limits, element_bytes, rows))
         return [
             LedgerLine("buffers", "rotary tables", rotary_table_bytes(spec, limits.max_model_len), "predicted"),
-            LedgerLine("buffers", "step inputs", input_bytes(limits, num_groups, block_size), "predicted"),
-            LedgerLine("buffers", "sampler", sampler_bytes(spec, limits.max_num_seqs, element_bytes), "predicted"),
+            LedgerLine("buffers", "step inputs", inputs, "predicted"),
+            LedgerLine("buffers", "sampler", sampler, "predicted"),
             LedgerLine("workspace", "step workspace", workspace.num_bytes, "predicted"),
         ]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVLayout
+from brim.memory.step_memory import StepLimits
 from brim.units import ceil_div, round_up
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from brim.errors import MemoryBudgetError
-from brim.memory.budget import Budget
-from brim.memory.footprint import StepLimits
+from brim.memory.budget import Budget, decide_budget
 from brim.memory.kv_split import KVSplit
 from brim.memory.ledger import Ledger
+from brim.memory.step_memory import StepLimits
+from brim.platforms.base import MemoryReading
 from brim.units import format_bytes
 
 
@@ -45,6 +46,24 @@ class MemoryPlan:
     def full_length_requests(self) -> int:
         """Requests of max_model_len that fit at once."""
         return self.split.full_length_requests(self.kv_blocks)
+
+    def within(self, reading: MemoryReading) -> MemoryPlan:
+        """The plan under what this process can reach now: a neighbour may have come or gone since the plan was made.
+
+        A size that was asked for is kept as far as it is there; every other request is decided again. Raises MemoryBudgetError.
+        """
+        request = self.budget.request
+        if request.kind == "bytes":
+            ceiling_bytes = min(request.num_bytes, reading.reachable_bytes)
+        else:
+            ceiling_bytes = decide_budget(request, reading, self.budget.reserve_bytes, reserve_given=True).cap_bytes
+        moved_bytes = ceiling_bytes - self.ceiling_bytes
+        if not moved_bytes:
+            return self
+        word = "more" if moved_bytes > 0 else "less"
+        reason = f"Other processes left {format_bytes(abs(moved_bytes))} {word} than when the plan was made."
+        cap_bytes = min(self.cap_bytes, ceiling_bytes) if self.budget.decided_by_plan else ceiling_bytes
+        return replace(self, cap_bytes=cap_bytes, ceiling_bytes=ceiling_bytes, reasons=(*self.reasons, reason))
 
     def settle(self, held_bytes: int) -> MemoryPlan:
         """The plan with KV sized by what is really held: held_bytes is everything but KV, measured.

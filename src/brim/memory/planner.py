@@ -12,11 +12,12 @@ from typing import Literal
 from brim.config.schema import MemoryRequest
 from brim.errors import MemoryBudgetError
 from brim.memory.budget import Budget, decide_budget
-from brim.memory.footprint import Footprint, StepLimits
+from brim.memory.footprint import Footprint
 from brim.memory.kv_layout import KVLayout
 from brim.memory.kv_split import KVSplit
 from brim.memory.ledger import Ledger, LedgerLine
 from brim.memory.plan import MemoryPlan
+from brim.memory.step_memory import StepLimits
 from brim.platforms.base import MemoryReading
 from brim.units import format_bytes, round_up
 
@@ -43,6 +44,7 @@ class PlanRequest:
     granularity_bytes: int = 1
     reserve_given: bool = False
     noise_bytes: int = 0
+    reach_whole: bool = False  # reserve addresses for the whole device, so that KV can grow into what a neighbour gives back
 
     def limits(self, max_model_len: int) -> StepLimits:
         """The step limits at that length."""
@@ -105,7 +107,8 @@ def _try(request: PlanRequest, budget: Budget) -> MemoryPlan | None:
     blocks = split.within(budget.cap_bytes - held_bytes)
     assert blocks is not None, "what fits has a split"
     cap_bytes = budget.cap_bytes
-    max_blocks = split.within(cap_bytes - request.footprint.fixed_floor_bytes) or blocks
+    reach_bytes = request.reading.total_bytes if request.reach_whole and budget.request.kind == "max" else cap_bytes
+    max_blocks = split.within(reach_bytes - request.footprint.fixed_floor_bytes) or blocks
     if budget.decided_by_plan:
         enough = split.enough
         blocks = tuple(min(count, aim) for count, aim in zip(blocks, enough, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +44,23 @@ class BufferShape:
         return BufferSpec(self.name, max_tokens * self.width * self.dtype.itemsize, self.first_use, self.last_use)
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of the forward pass between two attention calls, or one attention call.
+
+    A dense segment depends on the number of tokens alone, so it can be captured as a graph that serves every batch of that many.
+    """
+
+    run: Callable[[StepTensors], None]
+    is_attention: bool
+
+
 class Model(ABC):
     """A decoder-only language model over `Kernels`. Weight storage exists from construction; `load` fills it."""
 
     spec: ModelSpec
     dtype: torch.dtype
+    device: torch.device
 
     @property
     @abstractmethod
@@ -64,9 +76,16 @@ class Model(ABC):
     def buffer_shapes(self) -> Iterable[BufferShape]:
         """Temporaries of forward(); the result lives in the buffer named "hidden" (alive to the last stage)."""
 
+    @property
     @abstractmethod
+    def segments(self) -> Sequence[Segment]:
+        """The forward pass in order, dense segments and attention calls by turns."""
+
     def forward(self, step: StepTensors) -> Tensor:
-        """Final-normed hidden states [T, hidden_size], a view of a workspace buffer."""
+        """Final-normed hidden states [T, hidden_size], a view of the workspace buffer "hidden"."""
+        for segment in self.segments:
+            segment.run(step)
+        return step.buffers["hidden"][: step.ids.shape[0]]
 
     @abstractmethod
     def logits(self, hidden: Tensor, out: Tensor) -> None:

@@ -9,7 +9,8 @@ Nothing is allocated: every result goes to a prefix of a workspace buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,22 +19,13 @@ from brim.config.model_spec import ModelSpec, RopeSpec
 from brim.kernels.base import Kernels
 from brim.layers.rotary import cos_sin_table
 from brim.layers.weights import DecoderWeights, LayerWeights, allocate_weights, weights_num_bytes
-from brim.models.base import BufferShape, Model, StepTensors
+from brim.memory.step_memory import decoder_widths
+from brim.models.base import BufferShape, Model, Segment, StepTensors
 
 
 def decoder_buffer_shapes(spec: ModelSpec, dtype: torch.dtype) -> tuple[BufferShape, ...]:
-    """Workspace of one step. Stages: 0 norm, 1 qkv, 2 attention, 3 output, 4 gate and up, 5 activation, 6 down.
-
-    The activation is written over its gate, element by element, so no buffer of its own is alive in the widest stages.
-    """
-    heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    return (
-        BufferShape("residual", spec.hidden_size, dtype, 0, 6),
-        BufferShape("hidden", spec.hidden_size, dtype, 0, 6),
-        BufferShape("qkv", heads + 2 * kv_heads, dtype, 1, 2),
-        BufferShape("attention", heads, dtype, 2, 3),
-        BufferShape("gate_up", 2 * spec.intermediate_size, dtype, 4, 6),
-    )
+    """Workspace of one step: `step_memory.decoder_widths` in this dtype."""
+    return tuple(BufferShape(name, width, dtype, first, last) for name, width, first, last in decoder_widths(spec))
 
 
 class DecoderModel(Model):
@@ -45,6 +37,7 @@ class DecoderModel(Model):
     def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, max_positions: int, device: torch.device) -> None:
         self.spec = spec
         self.dtype = dtype
+        self.device = device
         self.weights: DecoderWeights = allocate_weights(spec, kernels, dtype, device)
         self._kernels = kernels
         ropes = dict.fromkeys(self._layer_ropes())
@@ -53,6 +46,7 @@ class DecoderModel(Model):
         has_full = "full" in spec.layer_kinds
         self._layer_groups = [1 if kind == "sliding" and has_full else 0 for kind in spec.layer_kinds]
         self._query_width = spec.num_heads * spec.head_dim
+        self._segments = tuple(self._build_segments())
 
     def _layer_ropes(self) -> list[RopeSpec]:
         spec = self.spec
@@ -74,45 +68,61 @@ class DecoderModel(Model):
         """See decoder_buffer_shapes."""
         return decoder_buffer_shapes(self.spec, self.dtype)
 
-    def forward(self, step: StepTensors) -> Tensor:
-        """Final-normed hidden states [T, hidden_size]."""
-        kernels, spec, weights = self._kernels, self.spec, self.weights
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """Dense work up to the first attention call, that call, dense work up to the next one, and so on."""
+        return self._segments
+
+    def _build_segments(self) -> Iterator[Segment]:
+        yield Segment(self._begin, False)
+        for index in range(self.spec.num_layers):
+            yield Segment(partial(self._attend, index), True)
+            yield Segment(partial(self._after_attention, index), False)
+
+    def _begin(self, step: StepTensors) -> None:
         num_tokens = step.ids.shape[0]
         residual = step.buffers["residual"][:num_tokens]
         hidden = step.buffers["hidden"][:num_tokens]
-        kernels.embed(step.ids, weights.embedding, spec.embedding_scale, residual)
-        kernels.rms_norm(residual, weights.layers[0].input_norm, spec.rms_norm_eps, hidden)
-        last = len(weights.layers) - 1
-        for index, layer in enumerate(weights.layers):
-            next_norm = weights.final_norm if index == last else weights.layers[index + 1].input_norm
-            self._attention(step, index, layer, hidden)
-            kernels.add_rms_norm(hidden, residual, layer.mlp_norm, spec.rms_norm_eps, hidden, layer.post_attention_norm)
-            self._mlp(step, layer, hidden)
-            kernels.add_rms_norm(hidden, residual, next_norm, spec.rms_norm_eps, hidden, layer.post_mlp_norm)
-        return hidden
+        self._kernels.embed(step.ids, self.weights.embedding, self.spec.embedding_scale, residual)
+        self._kernels.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_norm_eps, hidden)
+        self._before_attention(0, step, hidden)
 
-    def _attention(self, step: StepTensors, index: int, layer: LayerWeights, hidden: Tensor) -> None:
-        kernels, spec = self._kernels, self.spec
-        num_tokens = hidden.shape[0]
-        qkv = step.buffers["qkv"][:num_tokens]
-        attended = step.buffers["attention"][:num_tokens]
-        batch = step.batches[self._layer_groups[index]]
-        cache = step.kv_caches[index]
+    def _before_attention(self, index: int, step: StepTensors, hidden: Tensor) -> None:
+        kernels, spec, layer = self._kernels, self.spec, self.weights.layers[index]
+        qkv = step.buffers["qkv"][: hidden.shape[0]]
         kernels.linear(hidden, layer.qkv, qkv, layer.qkv_bias)
         kernels.rope_and_cache(
             qkv,
             step.positions,
             self._layer_tables[index],
-            cache,
-            batch.slot_mapping,
+            step.kv_caches[index],
+            step.batches[self._layer_groups[index]].slot_mapping,
             spec.num_heads,
             layer.q_norm,
             layer.k_norm,
             spec.rms_norm_eps,
         )
-        queries = qkv[:, : self._query_width]
-        kernels.attention(queries, cache, batch, spec.attention_scale, spec.attention_softcap, attended)
-        kernels.linear(attended, layer.output, hidden, layer.output_bias)
+
+    def _attend(self, index: int, step: StepTensors) -> None:
+        num_tokens, spec = step.ids.shape[0], self.spec
+        queries = step.buffers["qkv"][:num_tokens, : self._query_width]
+        attended = step.buffers["attention"][:num_tokens]
+        batch = step.batches[self._layer_groups[index]]
+        self._kernels.attention(queries, step.kv_caches[index], batch, spec.attention_scale, spec.attention_softcap, attended)
+
+    def _after_attention(self, index: int, step: StepTensors) -> None:
+        """Output projection and MLP of a layer, the norm after them, and the next layer up to its attention."""
+        kernels, eps, weights = self._kernels, self.spec.rms_norm_eps, self.weights
+        num_tokens, layer = step.ids.shape[0], weights.layers[index]
+        residual, hidden = step.buffers["residual"][:num_tokens], step.buffers["hidden"][:num_tokens]
+        is_last = index + 1 == len(weights.layers)
+        next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
+        kernels.linear(step.buffers["attention"][:num_tokens], layer.output, hidden, layer.output_bias)
+        kernels.add_rms_norm(hidden, residual, layer.mlp_norm, eps, hidden, layer.post_attention_norm)
+        self._mlp(step, layer, hidden)
+        kernels.add_rms_norm(hidden, residual, next_norm, eps, hidden, layer.post_mlp_norm)
+        if not is_last:
+            self._before_attention(index + 1, step, hidden)
 
     def _mlp(self, step: StepTensors, layer: LayerWeights, hidden: Tensor) -> None:
         kernels = self._kernels

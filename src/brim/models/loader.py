@@ -53,7 +53,7 @@ def load_weights(model: DecoderModel, source: WeightSource, kernels: Kernels, on
 def fill_dummy(model: DecoderModel, on_progress: Progress, seed: int = 0) -> None:
     """Random weights of standard deviation 0.02 (norms 1, biases 0): one random chunk, reused from shifting offsets."""
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.randn(1 << 21, generator=generator).mul_(0.02).to(model.dtype)
+    pool = torch.randn(1 << 21, generator=generator).mul_(0.02).to(model.device, model.dtype)
     slots = build_slots(model.weights, model.spec, is_gguf=True)
     for index, slot in enumerate(slots.values()):
         if slot.vector is not None:

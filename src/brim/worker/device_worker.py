@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from brim.engine.step import BlockCopy, Executor, StepPlan, StepResult
+from brim.errors import BrimError
 from brim.memory.ledger import Ledger
 from brim.memory.profiling import PhaseRecord
 from brim.memory.report import format_start, report_json
+from brim.platforms.base import Platform
 from brim.worker.phases import ReadyWorker
+
+
+@contextmanager
+def foreign_errors(platform: Platform) -> Iterator[None]:
+    """Errors of the device's libraries become ours: OutOfDeviceMemory, DeviceLost. Others pass as they are."""
+    try:
+        yield
+    except BrimError:
+        raise
+    except Exception as error:
+        known = platform.as_brim_error(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 class DeviceWorker(Executor):
@@ -45,16 +62,19 @@ class DeviceWorker(Executor):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
-        return self._runner.execute(plan)
+        with foreign_errors(self._platform), self._platform.stream():
+            return self._runner.execute(plan)
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
         """Copy KV blocks between steps."""
-        for copy in copies:
-            self._cache.copy_block(copy.group, copy.source, copy.target)
+        with foreign_errors(self._platform), self._platform.stream():
+            for copy in copies:
+                self._cache.copy_block(copy.group, copy.source, copy.target)
 
     def set_committed_blocks(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Commit or uncommit; what is committed now."""
-        return self._cache.resize(blocks)
+        with foreign_errors(self._platform), self._platform.stream():
+            return self._cache.resize(blocks)
 
     def pressure_bytes(self) -> int:
         """Bytes the device asks back now (negative: could be taken again)."""
@@ -75,5 +95,7 @@ class DeviceWorker(Executor):
         """Give KV memory, threads and scratch back."""
         if not self._closed:
             self._closed = True
+            self._platform.synchronize()
+            self._runner.forget_programs()
             self._cache.close()
             self._kernels.close()

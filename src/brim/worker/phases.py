@@ -17,26 +17,29 @@ from torch import Tensor
 
 from brim.config.model_spec import ModelSpec
 from brim.engine.messages import StartupProgress
-from brim.errors import MemoryBudgetError
+from brim.errors import MemoryBudgetError, OutOfDeviceMemory
 from brim.kernels.base import Kernels
 from brim.memory.arena.factory import new_arenas
 from brim.memory.arena.view import group_views
-from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVLayout
 from brim.memory.ledger import Category
 from brim.memory.plan import MemoryPlan
 from brim.memory.profiling import PhaseScope, Profiler
+from brim.memory.step_memory import StepLimits, logit_rows, step_buffers
 from brim.memory.workspace import WorkspacePlan, plan_workspace
 from brim.models.base import Model
 from brim.platforms.base import Platform
 from brim.units import format_bytes
+from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
-from brim.worker.probes import small_step, worst_steps
+from brim.worker.probes import warm_steps, worst_steps
 from brim.worker.runner import ModelRunner
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
+from brim.worker.step_sizes import StepSizes
 
 MAX_PROOFS = 4
+MAX_COMMITS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,8 @@ class StartSettings:
     dtype: torch.dtype
     plan: MemoryPlan
     heap_bytes: int
-    record_programs: bool
+    graphs: GraphChoice
+    sizes: StepSizes
 
     @property
     def limits(self) -> StepLimits:
@@ -74,8 +78,13 @@ class OpenedDevice:
     def phase(self, name: str, text: str, rest: Category, owner: str) -> Iterator[PhaseScope]:
         """Measure one phase and tell the user; measured bytes beyond the computed ones go to `rest`."""
         self.on_progress(StartupProgress(name, text))
-        with self.profiler.phase(name, rest, owner) as scope:
+        with self.platform.stream(), self.profiler.phase(name, rest, owner) as scope:
             yield scope
+
+    def give_back_unused(self) -> None:
+        """Where device memory is the host's. Elsewhere what the allocator holds stays: the next step would take it again."""
+        if self.platform.capabilities.host_memory:
+            self.platform.release_unused()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +183,21 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
     opened = reserved.loaded.opened
     settings, model = opened.settings, reserved.loaded.model
     with opened.phase("warm", "binding kernels and buffers", "activations", "kernels and libraries") as scope:
-        inputs = StepInputs(settings.limits, settings.layout)
-        sampler = Sampler(opened.kernels, model, settings.limits.max_num_seqs)
-        plan = plan_workspace([shape.spec(settings.limits.max_num_tokens) for shape in model.buffer_shapes()])
-        workspace = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=opened.platform.torch_device())
-        buffers = _buffer_views(model, settings.limits.max_num_tokens, plan, workspace)
-        runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers)
+        device, limits = opened.platform.torch_device(), settings.limits
+        plan = plan_workspace(step_buffers(settings.spec, limits, settings.dtype.itemsize))
+        workspace = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=device)
+        buffers = _buffer_views(model, limits.max_num_tokens, plan, workspace)
+        logits = _logits_view(settings, plan, workspace)
+        inputs = StepInputs(limits, settings.layout, device)
+        sampler = Sampler(opened.kernels, model, limits, logits, settings.sizes.rows, opened.platform.synchronize)
+        runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers, settings.sizes)
         scope.add("buffers", "step inputs", inputs.num_bytes)
         scope.add("buffers", "sampler", sampler.num_bytes)
         scope.add("workspace", "step workspace", plan.num_bytes)
         blocks = reserved.cache.committed_blocks
-        runner.probe(*small_step(settings.limits, settings.layout.block_size, blocks, settings.spec.vocab_size))
+        for arrays, rows in warm_steps(limits, settings.layout.block_size, blocks, settings.spec):
+            runner.probe(arrays, rows)
+        runner.warm_sizes()
     return WarmWorker(reserved, runner, inputs, sampler, workspace, plan)
 
 
@@ -193,15 +206,15 @@ def measure(worker: WarmWorker) -> MeasuredWorker:
     opened = worker.reserved.loaded.opened
     with opened.phase("measure", "running the worst steps", "activations", "what the worst steps left"):
         _run_worst_steps(worker, opened, "measure")
-        opened.platform.release_unused()
+        opened.give_back_unused()
     return MeasuredWorker(worker, opened.profiler.records[-1].transient_bytes)
 
 
 def capture(measured: MeasuredWorker) -> CapturedWorker:
-    """Record decode programs over the final addresses, where the kernels can and the mode asks for it."""
+    """Capture graphs (a native backend's recorded programs) over the final addresses, as the mode asks."""
     worker = measured.warm
     opened = worker.reserved.loaded.opened
-    with opened.phase("capture", "recording decode programs", "graphs", "recorded decode programs"):
+    with opened.phase("capture", "capturing graphs", "graphs", "captured steps"):
         _record(worker)
     return CapturedWorker(measured, opened.profiler.records[-1].change.ours_bytes)
 
@@ -213,15 +226,33 @@ def commit(captured: CapturedWorker) -> CommittedWorker:
     """
     measured = captured.measured
     opened, cache = measured.warm.reserved.loaded.opened, measured.warm.reserved.cache
-    settings = opened.settings
     with opened.phase("commit", "committing KV blocks", "context", "page tables and views") as scope:
         before_bytes = cache.committed_bytes
-        held = opened.platform.reading().ours_bytes - before_bytes
-        plan = settings.plan.settle(held + max(measured.transient_bytes, settings.heap_bytes))
-        opened.platform.set_cap(plan.cap_bytes)
-        _hold(measured.warm, plan.kv_blocks)
+        plan = _commit_what_is_there(measured, cache)
         scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
     return CommittedWorker(captured, plan)
+
+
+def _commit_what_is_there(measured: MeasuredWorker, cache: KVCache) -> MemoryPlan:
+    """The plan settled by what is held and free now. A neighbour may take memory between reading and commit: read again."""
+    opened = measured.warm.reserved.loaded.opened
+    settings = opened.settings
+    for attempt in range(MAX_COMMITS):
+        reading = opened.platform.reading()
+        held_bytes = reading.ours_bytes - cache.committed_bytes
+        plan = settings.plan
+        if not opened.platform.capabilities.host_memory:
+            plan = plan.within(reading)
+        plan = plan.settle(held_bytes + max(measured.transient_bytes, settings.heap_bytes))
+        opened.platform.set_cap(plan.cap_bytes)
+        try:
+            _hold(measured.warm, plan.kv_blocks)
+        except OutOfDeviceMemory:
+            if attempt + 1 == MAX_COMMITS:
+                raise
+            continue
+        return plan
+    raise AssertionError("the last attempt returns or raises")
 
 
 def prove(committed: CommittedWorker) -> ReadyWorker:
@@ -241,7 +272,7 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
                 _hold(worker, plan.kv_blocks)
                 scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
             _run_worst_steps(worker, opened, "prove")
-            opened.platform.release_unused()
+            opened.give_back_unused()
         record = opened.profiler.records[-1]
         held_bytes = record.after.reading.ours_bytes
         needed_bytes = max(record.peak_ours_bytes, held_bytes + heap_bytes)
@@ -257,10 +288,14 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
 
 
 def _record(worker: WarmWorker) -> None:
-    """Record decode programs over the cache's present addresses, where the settings ask for them."""
+    """Capture over the cache's present addresses, where the settings ask for it."""
     opened = worker.reserved.loaded.opened
-    if opened.settings.record_programs:
-        worker.runner.record_decode(opened.kernels, opened.settings.limits.max_num_seqs)
+    if opened.settings.graphs.mode == "NONE":
+        return
+    native = opened.kernels.can_record
+    capture = opened.kernels.record if native else opened.platform.capture
+    for done in worker.runner.record(capture, opened.settings.graphs, (True, False) if native else (False,)):
+        opened.on_progress(StartupProgress("capture", done))
 
 
 def _hold(worker: WarmWorker, blocks: Sequence[int]) -> None:
@@ -289,6 +324,12 @@ def _new_cache(opened: OpenedDevice, blocks: Sequence[int]) -> KVCache:
         lambda counts: new_arenas(opened.platform, layout, counts),
         lambda arena, of, group: group_views(arena, of, group, dtype),
     )
+
+
+def _logits_view(settings: StartSettings, plan: WorkspacePlan, workspace: Tensor) -> Tensor:
+    rows = logit_rows(settings.spec, settings.limits, settings.dtype.itemsize)
+    start, vocab = plan.offsets_bytes["logits"], settings.spec.vocab_size
+    return workspace[start : start + 4 * rows * vocab].view(torch.float32).view(rows, vocab)
 
 
 def _buffer_views(model: Model, max_tokens: int, plan: WorkspacePlan, workspace: Tensor) -> dict[str, Tensor]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from brim.engine.sampling_params import MAX_LOGPROBS, SamplingParams
-from brim.memory.footprint import StepLimits
+from brim.config.model_spec import ModelSpec
+from brim.config.schema import MAX_LOGPROBS
+from brim.engine.sampling_params import SamplingParams
+from brim.memory.step_memory import StepLimits
 from brim.worker.sampler import SampleRows, SpecialRow
 from brim.worker.step_inputs import StepArrays
 
@@ -21,10 +23,13 @@ def worst_steps(
     yield ("largest decode batch", *_decode(limits, block_size, blocks, vocab_size))
 
 
-def small_step(limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
-    """One decoding sequence, sampled: enough to bind every kernel."""
+def warm_steps(
+    limits: StepLimits, block_size: int, blocks: Sequence[int], spec: ModelSpec
+) -> Iterator[tuple[StepArrays, SampleRows]]:
+    """One decoding sequence, sampled with every feature, and mixed steps of every class of size that kernels tell apart."""
     one = StepLimits(1, 1, min(limits.max_model_len, block_size))
-    return _decode(one, block_size, blocks, vocab_size, width=-(-limits.max_model_len // block_size))
+    width = -(-limits.max_model_len // block_size)
+    yield _decode(one, block_size, blocks, spec.vocab_size, width=width)
 
 
 def _tables(num_seqs: int, width: int, blocks: Sequence[int]) -> tuple[np.ndarray, ...]:

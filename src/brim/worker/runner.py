@@ -5,19 +5,21 @@ Everything a step needs lives in buffers allocated before; a step allocates noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
 
 from brim.engine.sequence import Sequence
 from brim.engine.step import StepPlan, StepResult, TokenLogprobs
-from brim.kernels.base import AttentionBatch, Kernels
+from brim.kernels.base import AttentionBatch
 from brim.models.base import Model, StepTensors
+from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
-from brim.worker.programs import DecodePrograms
+from brim.worker.programs import Capture, StepPrograms
 from brim.worker.sampler import Sampler, SampleRows, SpecialRow
-from brim.worker.step_inputs import StepArrays, StepInputs
+from brim.worker.step_inputs import StepArrays, StepInputs, StepShape
+from brim.worker.step_sizes import StepSizes
 
 
 class ModelRunner:
@@ -30,30 +32,63 @@ class ModelRunner:
         inputs: StepInputs,
         sampler: Sampler,
         buffers: Mapping[str, Tensor],
+        sizes: StepSizes,
     ) -> None:
         self._model = model
         self._cache = cache
         self._inputs = inputs
         self._sampler = sampler
         self._buffers = buffers
-        self._programs = DecodePrograms()
+        self._sizes = sizes
+        self._programs = StepPrograms()
+        self._max_num_seqs = len(inputs.seq_lens)
 
     @property
     def num_programs(self) -> int:
-        """Recorded decode programs."""
+        """Captured steps."""
         return len(self._programs)
 
-    def record_decode(self, kernels: Kernels, max_num_seqs: int) -> None:
-        """Record the whole decode step, sampling included, for each batch size whose logits fit the buffer at once.
-
-        What was recorded before is forgotten."""
+    def forget_programs(self) -> None:
+        """Give back what was captured."""
         self._programs.clear()
-        self._programs.record(kernels, min(max_num_seqs, self._sampler.logit_rows), self._decode_body)
+
+    def warm_sizes(self) -> None:
+        """Run every product of a step in every size it can have: those of one layer, and the logits."""
+        dense = [segment for segment in self._model.segments if not segment.is_attention]
+        for num_tokens in self._sizes.tokens.values:
+            step = self._step_tensors(num_tokens, self._inputs.batches(StepShape(num_tokens, 1, 1, 1)))
+            for segment in dense[:2]:
+                segment.run(step)
+        for rows in self._sizes.rows.values:
+            self._sampler.warm_rows(rows)
+
+    def record(self, capture: Capture, choice: GraphChoice, greedy_kinds: tuple[bool, ...]) -> Iterator[str]:
+        """Capture what the mode asks for over the present addresses, yielding what was captured; what was before is forgotten.
+
+        Every kernel ran before in every size, so nothing is loaded or allocated inside a capture."""
+        self._programs.clear()
+        if choice.decode_whole:
+            recorded = self._programs.record_decode(capture, self._sizes.decode, greedy_kinds, self._decode_body)
+            for num_seqs in recorded:
+                yield f"decode, {num_seqs} sequences"
+        if choice.mixed_whole or choice.pieces:
+            for num_tokens in reversed(self._sizes.mixed):
+                step = self._step_tensors(num_tokens, self._inputs.batches(self._mixed_shape(num_tokens)))
+                if choice.mixed_whole:
+                    self._programs.record_whole(capture, num_tokens, self._model, step)
+                else:
+                    self._programs.record_pieces(capture, num_tokens, self._model, step)
+                yield f"{num_tokens} tokens"
+
+    def _mixed_shape(self, num_tokens: int) -> StepShape:
+        return StepShape(num_tokens, min(num_tokens, self._max_num_seqs), num_tokens, self._inputs.max_model_len)
+
+    def _decode_shape(self, num_seqs: int) -> StepShape:
+        return StepShape(num_seqs, num_seqs, 1, self._inputs.max_model_len)
 
     def _decode_body(self, num_seqs: int, all_greedy: bool) -> None:
         inputs = self._inputs
-        batches = inputs.batches(num_seqs, num_seqs, 1, inputs.max_model_len)
-        hidden = self._model.forward(self._step_tensors(num_seqs, batches))
+        hidden = self._model.forward(self._step_tensors(num_seqs, inputs.batches(self._decode_shape(num_seqs))))
         self._sampler.sample_chunk_all(hidden, inputs.sample_rows[:num_seqs], all_greedy)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -64,21 +99,29 @@ class ModelRunner:
         arrays = StepArrays(plan.token_ids, plan.query_lens, plan.start_positions, tables, plan.sample_indices)
         settings = self._settings(plan)
         num_rows = len(plan.sample_indices)
-        if self._replay(arrays, settings):
-            logprobs, prompt_logprobs = {}, {}
-        else:
+        logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if not self._replay(arrays, settings):
             hidden = self.forward(arrays)
             prompt_logprobs = {i: self._score_prompt(plan, i, hidden) for i in plan.prompt_logprob_indices}
-            logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings) if num_rows else {}
-        self._sampler.mark_failed(num_rows)
-        ids = self._sampler.ids[:num_rows].numpy().copy()
+            if num_rows:
+                logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
+        ids = self._sampler.read_ids(num_rows)
         failed = {int(plan.sample_indices[i]): "the model's output was not finite" for i in np.flatnonzero(ids < 0)}
         return StepResult(plan.step_id, ids, logprobs, prompt_logprobs, failed)
 
     def forward(self, arrays: StepArrays) -> Tensor:
         """Hidden states [T, hidden_size] of one step given as arrays."""
-        batches = self._inputs.fill(arrays)
-        return self._model.forward(self._step_tensors(len(arrays.token_ids), batches))
+        num_tokens, longest = arrays.num_tokens, int(arrays.query_lens.max())
+        program = self._programs.mixed(num_tokens)
+        if program is None:
+            shape = StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
+            batches = self._inputs.fill(arrays, shape)
+            return self._model.forward(self._step_tensors(shape.num_tokens, batches))[:num_tokens]
+        size, mixed = program
+        shape = self._mixed_shape(size) if mixed.is_whole else StepShape(size, arrays.num_seqs, longest, 0)
+        mixed.run(self._step_tensors(size, self._inputs.fill(arrays, shape)))
+        return self._buffers["hidden"][:num_tokens]
 
     def _step_tensors(self, num_tokens: int, batches: list[AttentionBatch]) -> StepTensors:
         return StepTensors(
@@ -90,25 +133,26 @@ class ModelRunner:
         )
 
     def _replay(self, arrays: StepArrays, settings: SampleRows) -> bool:
-        """Run the step as a recorded program where it is a plain decode of every sequence; False where it is not."""
-        num_seqs = len(arrays.query_lens)
-        if len(arrays.token_ids) != num_seqs or len(arrays.sample_indices) != num_seqs or settings.special:
+        """Run the step as a captured one where it is a plain decode of every sequence; False where it is not."""
+        num_seqs = arrays.num_seqs
+        if arrays.num_tokens != num_seqs or len(arrays.sample_indices) != num_seqs or settings.special:
             return False
-        program = self._programs.get(num_seqs, not np.any(settings.temperature))
-        if program is None:
+        found = self._programs.decode(num_seqs, not np.any(settings.temperature))
+        if found is None:
             return False
-        self._inputs.fill(arrays)
+        size, program = found
+        self._inputs.fill(arrays, self._decode_shape(size))
         self._sampler.set_params(settings)
-        program.run()
+        program.replay()
         return True
 
     def probe(self, arrays: StepArrays, settings: SampleRows) -> None:
-        """Run a fabricated step to its end, sampling included (measure and prove)."""
-        if self._replay(arrays, settings):
-            return
-        hidden = self.forward(arrays)
+        """Run a fabricated step to its end, sampling included (warm, measure and prove)."""
         num_rows = len(arrays.sample_indices)
-        self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
+        if not self._replay(arrays, settings):
+            hidden = self.forward(arrays)
+            self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
+        self._sampler.read_ids(num_rows)
 
     def _score_prompt(self, plan: StepPlan, index: int, hidden: Tensor) -> list[TokenLogprobs]:
         sequence = plan.sequences[index]

@@ -1,12 +1,11 @@
-"""From hidden states to token ids. Owns the static sampling buffers and the order: logits, biases, penalties, sample, logprobs.
+"""From hidden states to token ids. Owns the static sampling buffers and the order: logits, penalties, biases, sample, logprobs.
 
-Logits exist for at most `logit_rows` rows at a time, so the buffer is small and its size does not depend on the request.
+Logits exist for at most `logit_rows` rows at a time, in a buffer of the step workspace that the layers no longer need by then.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brim.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from brim.engine.sampling_params import SamplingParams
 from brim.engine.step import TokenLogprobs
 from brim.kernels.base import Kernels, SamplingBatch
+from brim.memory.step_memory import StepLimits, arrays_bytes, sampler_arrays
 from brim.models.base import Model
+from brim.worker.logit_edits import LogitEdits
+from brim.worker.mirror import Mirror
+from brim.worker.step_sizes import Sizes
 
-LOGITS_BUFFER_BYTES = 32 << 20
-_NEGATIVE_INFINITY = float("-inf")
+_DTYPES = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "sums", "chosen", "top_values", "row_copy", "edits"), torch.float32),
+    **dict.fromkeys(("seed", "position", "ids", "rank", "top_ids", "targets", "history"), torch.int64),
+    "top_k": torch.int32,
+}
+_PARAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,67 +54,63 @@ class SampleRows:
     special: tuple[SpecialRow, ...] = ()
 
 
-def logit_rows_for(max_num_seqs: int, vocab_size: int) -> int:
-    """Rows of float32 logits held at once: all sequences where they fit in 32 MiB, else as many as do, at least one."""
-    return max(1, min(max_num_seqs, LOGITS_BUFFER_BYTES // (4 * vocab_size)))
-
-
 class Sampler:
-    """Samples R rows in chunks of `logit_rows`. Buffers are allocated once; `num_bytes` is exact."""
+    """Samples R rows in chunks of `logit_rows`. Buffers are allocated once; `num_bytes` is exact.
 
-    def __init__(self, kernels: Kernels, model: Model, max_num_seqs: int) -> None:
+    logits [rows, vocab] float32: where logits are made; rows bounds the chunks. row_sizes: to which numbers of rows the logits'
+    product is rounded up. synchronize waits for the device.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        model: Model,
+        limits: StepLimits,
+        logits: Tensor,
+        row_sizes: Sizes,
+        synchronize: Callable[[], None],
+    ) -> None:
         self._kernels = kernels
         self._model = model
-        vocab_size, device = model.spec.vocab_size, "cpu"
-        self.logit_rows = logit_rows_for(max_num_seqs, vocab_size)
-        self.hidden = torch.zeros(max_num_seqs, model.spec.hidden_size, dtype=model.dtype, device=device)
-        self.logits = torch.zeros(self.logit_rows, vocab_size, dtype=torch.float32, device=device)
-        self.ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._row_sizes = row_sizes
+        self._synchronize = synchronize
+        self.logits = logits
+        self.logit_rows, vocab_size = logits.shape
+        arrays = sampler_arrays(vocab_size, model.spec.hidden_size, limits, model.dtype.itemsize, self.logit_rows)
+        self._mirror = Mirror(arrays, {**_DTYPES, "hidden": model.dtype}, logits.device)
+        static = self._mirror.device
+        self.hidden, self.ids, self._sums = static["hidden"], static["ids"], static["sums"]
         self._params = SamplingBatch(
-            temperature=torch.zeros(max_num_seqs, dtype=torch.float32),
-            top_k=torch.zeros(max_num_seqs, dtype=torch.int32),
-            top_p=torch.ones(max_num_seqs, dtype=torch.float32),
-            min_p=torch.zeros(max_num_seqs, dtype=torch.float32),
-            seed=torch.zeros(max_num_seqs, dtype=torch.int64),
-            position=torch.zeros(max_num_seqs, dtype=torch.int64),
+            static["temperature"],
+            static["top_k"],
+            static["top_p"],
+            static["min_p"],
+            static["seed"],
+            static["position"],
             all_greedy=False,
         )
-        rows = self.logit_rows
-        self._chosen = torch.zeros(rows, dtype=torch.float32)
-        self._rank = torch.zeros(rows, dtype=torch.int64)
-        self._top_ids = torch.zeros(rows, MAX_LOGPROBS, dtype=torch.int64)
-        self._top_values = torch.zeros(rows, MAX_LOGPROBS, dtype=torch.float32)
-        self._targets = torch.zeros(rows, dtype=torch.int64)
-        self._row_copy = torch.zeros(1, vocab_size, dtype=torch.float32)
+        self._host_params = {name: self._mirror.host[name].numpy() for name in _PARAMS}
+        self._host_ids = self._mirror.host["ids"].numpy()
+        self._host_sums = self._mirror.host["sums"].numpy()
+        self._static = static
+        self._edits = LogitEdits(kernels, static["history"], static["edits"])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all sampling buffers."""
-        p = self._params
-        params = (p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.position)
-        logprobs = (self._chosen, self._rank, self._top_ids, self._top_values, self._targets, self._row_copy)
-        return sum(t.nbytes for t in (self.hidden, self.logits, self.ids, *params, *logprobs))
+        """Bytes of all sampling buffers on the device, without the logits."""
+        return self._mirror.num_bytes
 
     @staticmethod
-    def bytes_for(max_num_seqs: int, vocab_size: int, hidden_size: int, element_bytes: int) -> int:
+    def bytes_for(vocab_size: int, hidden_size: int, limits: StepLimits, element_bytes: int, rows: int) -> int:
         """What a Sampler of these limits holds, without building one."""
-        rows = logit_rows_for(max_num_seqs, vocab_size)
-        per_seq = hidden_size * element_bytes + 8 + 4 * 4 + 8 * 2
-        return max_num_seqs * per_seq + rows * (4 * vocab_size + 4 + 8 + 12 * MAX_LOGPROBS + 8) + 4 * vocab_size
+        return arrays_bytes(sampler_arrays(vocab_size, hidden_size, limits, element_bytes, rows))
 
     def set_params(self, rows: SampleRows) -> None:
         """Copy the parameter arrays [R] into the static buffers."""
         count = len(rows.temperature)
-        target = self._params
-        for buffer, values in (
-            (target.temperature, rows.temperature),
-            (target.top_k, rows.top_k),
-            (target.top_p, rows.top_p),
-            (target.min_p, rows.min_p),
-            (target.seed, rows.seed),
-            (target.position, rows.position),
-        ):
-            buffer.numpy()[:count] = values
+        for name, buffer in self._host_params.items():
+            buffer[:count] = getattr(rows, name)
+        self._mirror.upload_span(_PARAMS[0], _PARAMS[-1])
 
     def params_view(self, start: int, stop: int, all_greedy: bool) -> SamplingBatch:
         """Rows start..stop of the static parameter buffers."""
@@ -127,90 +130,84 @@ class Sampler:
         logprobs: dict[int, TokenLogprobs] = {}
         for start in range(0, count, self.logit_rows):
             stop = min(count, start + self.logit_rows)
-            logits = self.logits[: stop - start]
-            self._model.logits(self.hidden[start:stop], logits)
+            logits = self._make_logits(start, stop)
             special = [row for row in settings.special if start <= row.index < stop]
-            self._edit_logits(logits, special, start)
+            for row in special:
+                self._edits.apply(logits[row.index - start], row.params, row.prompt_ids, row.output_ids, row.banned_ids)
             wanted = [row for row in special if row.params.logprobs is not None]
             if wanted:
                 logprobs.update(self._sample_and_score(logits, wanted, start))
             self._kernels.sample(logits, self.params_view(start, stop, all_greedy), self.ids[start:stop])
         return logprobs
 
+    def _make_logits(self, start: int, stop: int) -> Tensor:
+        """Logits of self.hidden[start:stop]; the product is made for a rounded number of rows."""
+        count = stop - start
+        padded = min(self._row_sizes.up(count), self.logit_rows, len(self.hidden) - start)
+        self._model.logits(self.hidden[start : start + padded], self.logits[:padded])
+        return self.logits[:count]
+
     def _sample_and_score(self, logits: Tensor, wanted: list[SpecialRow], start: int) -> dict[int, TokenLogprobs]:
         """Log-probabilities of the tokens that the rows will get. Sampling may overwrite logits, so each row is drawn from a
         copy; drawn again with all others, it gives the same token."""
         num_best = [0] * len(logits)
-        for row in wanted:
-            num_best[row.index - start] = row.params.logprobs or 0
-            self._row_copy.copy_(logits[row.index - start : row.index - start + 1])
-            part = self.params_view(row.index, row.index + 1, row.params.is_greedy)
-            self._kernels.sample(self._row_copy, part, self.ids[row.index : row.index + 1])
-        targets = self._targets[: len(logits)]
+        targets = self._static["targets"][: len(logits)]
         targets.zero_()
+        row_copy = self._static["row_copy"]
         for row in wanted:
-            targets[row.index - start] = self.ids[row.index].clamp(min=0)
+            place = row.index - start
+            num_best[place] = row.params.logprobs or 0
+            row_copy.copy_(logits[place : place + 1])
+            part = self.params_view(row.index, row.index + 1, row.params.is_greedy)
+            self._kernels.sample(row_copy, part, self.ids[row.index : row.index + 1])
+            targets[place : place + 1].copy_(self.ids[row.index : row.index + 1]).clamp_(min=0)
         scores = list(self._score(logits, targets, num_best))
         return {row.index: scores[row.index - start] for row in wanted}
 
     def sample_chunk_all(self, hidden: Tensor, rows: Tensor, all_greedy: bool) -> None:
-        """The kernel calls of sampling R <= logit_rows plain rows, and nothing else: what a recorded decode step holds."""
+        """The kernel calls of sampling R <= logit_rows plain rows, and nothing else: what a captured decode step holds."""
         count = len(rows)
         self._kernels.gather_rows(hidden, rows, self.hidden[:count])
         self._model.logits(self.hidden[:count], self.logits[:count])
         self._kernels.sample(self.logits[:count], self.params_view(0, count, all_greedy), self.ids[:count])
 
-    def mark_failed(self, count: int) -> None:
-        """Set the ids of rows whose hidden state is not finite to -1."""
-        hidden = self.hidden[:count]
-        if math.isfinite(hidden.sum(dtype=torch.float32).item()):
-            return
-        finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))
-        self.ids[:count][~finite] = -1
+    def read_ids(self, count: int) -> NDArray[np.int64]:
+        """Wait for the step; the sampled ids [count], -1 for rows whose hidden state is not finite."""
+        torch.sum(self.hidden[:count], dim=-1, dtype=torch.float32, out=self._sums[:count])
+        self._mirror.download_span("ids", "sums")
+        self._synchronize()
+        return np.where(np.isfinite(self._host_sums[:count]), self._host_ids[:count], -1)
 
     def prompt_logprobs(self, hidden: Tensor, targets: NDArray[np.int64], num_best: int) -> list[TokenLogprobs]:
         """Score targets[n] (the token after each position) against hidden[n, hidden_size], in chunks of logit_rows."""
         scored: list[TokenLogprobs] = []
-        for start in range(0, len(targets), self.logit_rows):
-            stop = min(len(targets), start + self.logit_rows)
-            logits = self.logits[: stop - start]
-            self._model.logits(hidden[start:stop], logits)
-            self._targets.numpy()[: stop - start] = targets[start:stop]
-            scored.extend(self._score(logits, self._targets[: stop - start], [num_best] * (stop - start)))
+        step = min(self.logit_rows, len(self.hidden))
+        for start in range(0, len(targets), step):
+            stop = min(len(targets), start + step)
+            count = stop - start
+            self.hidden[:count].copy_(hidden[start:stop])
+            logits = self._make_logits(0, count)
+            on_device = self._static["targets"][:count]
+            on_device.copy_(torch.from_numpy(targets[start:stop]))
+            scored.extend(self._score(logits, on_device, [num_best] * count))
         return scored
 
-    def _edit_logits(self, logits: Tensor, special: list[SpecialRow], start: int) -> None:
-        """Penalties, then biases, then bans, in place on the chunk's logits."""
-        for row in special:
-            values = logits[row.index - start]
-            params = row.params
-            if params.needs_history:
-                self._kernels.penalize(
-                    values,
-                    torch.from_numpy(row.prompt_ids),
-                    torch.from_numpy(row.output_ids),
-                    params.repetition_penalty,
-                    params.presence_penalty,
-                    params.frequency_penalty,
-                )
-            view = values.numpy()
-            if params.logit_bias:
-                ids = np.fromiter(params.logit_bias, dtype=np.int64)
-                view[ids] += np.fromiter(params.logit_bias.values(), dtype=np.float32)
-            if row.banned_ids:
-                view[list(row.banned_ids)] = _NEGATIVE_INFINITY
+    def warm_rows(self, count: int) -> None:
+        """Run the logits' product for so many rows of whatever the buffers hold."""
+        self._model.logits(self.hidden[:count], self.logits[:count])
 
     def _score(self, logits: Tensor, targets: Tensor, num_best: list[int]) -> Iterator[TokenLogprobs]:
         """Log-softmax statistics of logits[n] for targets[n]; num_best[n] alternatives each."""
         count, width = len(targets), max(1, *num_best)
-        ids, values = self._top_ids[:count, :width], self._top_values[:count, :width]
-        self._kernels.top_logprobs(logits, targets, self._chosen[:count], self._rank[:count], ids, values)
-        for i in range(count):
-            best = num_best[i]
+        chosen, rank = self._static["chosen"][:count], self._static["rank"][:count]
+        ids, values = self._static["top_ids"][:count, :width], self._static["top_values"][:count, :width]
+        self._kernels.top_logprobs(logits, targets, chosen, rank, ids, values)
+        columns = (targets.tolist(), chosen.tolist(), rank.tolist(), ids.tolist(), values.tolist())
+        for best, token, logprob, place, top_ids, top_logprobs in zip(num_best, *columns, strict=True):
             yield TokenLogprobs(
-                token_id=int(targets[i]),
-                logprob=float(self._chosen[i]),
-                rank=int(self._rank[i]),
-                top_ids=tuple(ids[i, :best].tolist()),
-                top_logprobs=tuple(values[i, :best].tolist()),
+                token_id=token,
+                logprob=logprob,
+                rank=place,
+                top_ids=tuple(top_ids[:best]),
+                top_logprobs=tuple(top_logprobs[:best]),
             )

@@ -9,22 +9,25 @@ from typing import Literal
 import torch
 
 from brim.config.model_source import ModelSource
-from brim.config.schema import BrimConfig, MemoryRequest
+from brim.config.model_spec import ModelSpec
+from brim.config.schema import BrimConfig, GraphMode, MemoryRequest
 from brim.engine.messages import StartupProgress
 from brim.errors import ConfigError
 from brim.kernels.base import Kernels
 from brim.layers.weights import weights_num_bytes
-from brim.memory.footprint import Footprint, StepLimits, fixed_lines, rotary_table_bytes
+from brim.memory.footprint import Footprint, fixed_lines
 from brim.memory.kv_layout import KVLayout
 from brim.memory.ledger import Ledger, LedgerLine
 from brim.memory.planner import PlanRequest, make_plan
 from brim.memory.profiling import Profiler
+from brim.memory.step_memory import StepLimits, logit_rows, rotary_table_bytes, step_buffers
 from brim.memory.workspace import plan_workspace
-from brim.models.decoder import DecoderModel, decoder_buffer_shapes
+from brim.models.decoder import DecoderModel
 from brim.models.loader import CHUNK_BYTES, fill_dummy, load_weights
 from brim.platforms.base import Platform, PlatformDefaults
 from brim.units import MIB, ceil_div
-from brim.worker.device_worker import DeviceWorker
+from brim.worker.device_worker import DeviceWorker, foreign_errors
+from brim.worker.graph_choice import choose_graph_mode
 from brim.worker.phases import (
     OpenedDevice,
     ReadyWorker,
@@ -39,6 +42,7 @@ from brim.worker.phases import (
 )
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
+from brim.worker.step_sizes import exact_sizes, rounded_sizes
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HEAP_BYTES = 16 * MIB
@@ -52,19 +56,20 @@ _NOISE_BYTES = 2 * MIB  # readings of the same start differ by up to 0.6 MiB
 def start_worker(
     config: BrimConfig,
     platform: Platform,
-    make_kernels: Callable[[], Kernels],
+    make_kernels: Callable[[int], Kernels],
     source: ModelSource,
     on_progress: Callable[[StartupProgress], None],
 ) -> DeviceWorker:
     """Plan, then open -> load -> reserve -> warm -> measure -> capture -> commit -> prove.
 
+    make_kernels takes the most sequences of a step.
     Raises MemoryBudgetError with ledger and nearest settings before anything large is read, where the plan does not fit.
     """
     profiler = Profiler(platform)
     before_bytes = platform.reading().ours_bytes
     on_progress(StartupProgress("open", "reading the device"))
-    with profiler.phase("open", "context", "kernels and their scratch"):
-        kernels = make_kernels()
+    with platform.stream(), profiler.phase("open", "context", "kernels and their scratch"):
+        kernels = make_kernels(_step_sizes(config, platform.default_limits())[0])
         settings = plan_start(config, platform, kernels, source)
         platform.set_cap(settings.plan.ceiling_bytes)
     opened = OpenedDevice(platform, kernels, settings, profiler, on_progress)
@@ -82,7 +87,8 @@ def start_worker(
         source.close()
         return model
 
-    ready = prove(commit(capture(measure(warm(reserve(load(opened, load_model)))))))
+    with foreign_errors(platform):
+        ready = prove(commit(capture(measure(warm(reserve(load(opened, load_model)))))))
     return DeviceWorker(ready, _final_ledger(ready, before_bytes))
 
 
@@ -106,6 +112,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
             max_model_len=_model_len(config, defaults, spec.max_position),
             model_max_len=spec.max_position,
             granularity_bytes=platform.capabilities.granularity_bytes,
+            reach_whole=platform.capabilities.reserve_commit and not platform.capabilities.host_memory,
             noise_bytes=_NOISE_BYTES if platform.capabilities.host_memory else 0,
         )
     )
@@ -114,14 +121,29 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
             f"Without chunked prefill --max-num-batched-tokens {num_tokens} must hold a whole prompt; "
             f"raise it to {plan.limits.max_model_len} or lower --max-model-len."
         )
-    record = kernels.can_record and not spec.logit_softcap and not config.device.enforce_eager
+    graphs = choose_graph_mode(config.device, *_available_modes(platform, kernels, spec))
+    rows = logit_rows(spec, plan.limits, dtype.itemsize)
     return StartSettings(
         spec=spec,
         dtype=dtype,
         plan=plan,
         heap_bytes=_heap_bytes(plan.limits, layout) if platform.capabilities.host_memory else 0,
-        record_programs=record and config.device.graph_mode != "NONE",
+        graphs=graphs,
+        sizes=(exact_sizes if kernels.can_record or not kernels.can_capture else rounded_sizes)(plan.limits, rows),
     )
+
+
+def _available_modes(platform: Platform, kernels: Kernels, spec: ModelSpec) -> tuple[tuple[GraphMode, ...], str]:
+    """The graph modes that work with these kernels, and what to say where one is missing."""
+    if kernels.can_record:
+        if spec.logit_softcap:
+            return ("NONE",), f"{kernels.name} kernels cannot record the soft-capping of logits."
+        return ("NONE", "FULL_DECODE_ONLY"), f"{kernels.name} kernels record decode steps only."
+    if not kernels.can_capture:
+        return ("NONE",), f"{kernels.name} kernels cannot be captured."
+    if not platform.capabilities.graphs:
+        return ("NONE",), f"platform '{platform.name}' captures no graphs."
+    return platform.capabilities.graph_modes, ""
 
 
 def resolve_dtype(config: BrimConfig, platform: Platform, stored: str) -> torch.dtype:
@@ -167,9 +189,10 @@ def _footprint(source: ModelSource, platform: Platform, kernels: Kernels, dtype:
     fixed = fixed_lines(context_bytes=context_bytes, weight_bytes=weights_num_bytes(spec, kernels, dtype))
 
     def lines_for(limits: StepLimits) -> list[LedgerLine]:
-        workspace = plan_workspace([shape.spec(limits.max_num_tokens) for shape in decoder_buffer_shapes(spec, dtype)])
+        workspace = plan_workspace(step_buffers(spec, limits, dtype.itemsize))
         inputs = StepInputs.bytes_for(limits, len(layout.groups), layout.block_size)
-        sampler = Sampler.bytes_for(limits.max_num_seqs, spec.vocab_size, spec.hidden_size, dtype.itemsize)
+        rows = logit_rows(spec, limits, dtype.itemsize)
+        sampler = Sampler.bytes_for(spec.vocab_size, spec.hidden_size, limits, dtype.itemsize, rows)
         lines = [
             LedgerLine("buffers", "rotary tables", rotary_table_bytes(spec, limits.max_model_len), "computed"),
             LedgerLine("buffers", "step inputs", inputs, "computed"),
@@ -188,7 +211,8 @@ def _footprint(source: ModelSource, platform: Platform, kernels: Kernels, dtype:
 def _final_ledger(ready: ReadyWorker, context_bytes: int) -> Ledger:
     """The account after prove: one line an owner, what the phases measured and computed, and what is not ours."""
     opened = ready.warm.reserved.loaded.opened
-    lines = [LedgerLine("context", "interpreter and libraries", context_bytes, "measured"), *opened.profiler.lines]
+    owner = "interpreter and libraries" if opened.platform.capabilities.host_memory else "device context"
+    lines = [LedgerLine("context", owner, context_bytes, "measured"), *opened.profiler.lines]
     if opened.settings.heap_bytes:
         lines.append(LedgerLine("buffers", "set aside for requests", opened.settings.heap_bytes, "predicted"))
     reading = opened.platform.reading()

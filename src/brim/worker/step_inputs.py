@@ -1,6 +1,6 @@
 """The static input buffers of a step, and how a plan fills them. Owns the arrays the model reads that change every step.
 
-Everything is numpy over the memory of torch tensors allocated once; no Python loop runs over tokens.
+The host writes through numpy, the device reads its own copy (host memory: the same memory); no Python loop runs over tokens.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from brim.kernels.base import AttentionBatch
-from brim.memory.footprint import StepLimits, input_bytes
 from brim.memory.kv_layout import KVLayout
-from brim.units import ceil_div
+from brim.memory.step_memory import StepLimits, arrays_bytes, input_arrays
+from brim.worker.mirror import Mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,45 +31,72 @@ class StepArrays:
     block_tables: tuple[NDArray[np.int32], ...]
     sample_indices: NDArray[np.int32]
 
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        """S."""
+        return len(self.query_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a graph was captured for: sizes and bounds that a step is padded to.
+
+    Padding tokens write no KV and padding sequences have length 0: they attend to nothing.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    max_query_len: int
+    max_seq_len: int
+
 
 class StepInputs:
-    """Host-memory input buffers. `num_bytes` is exact; construction touches every page."""
+    """Input buffers of the largest step. `num_bytes` is exact; construction touches every page."""
 
-    def __init__(self, limits: StepLimits, layout: KVLayout) -> None:
+    def __init__(self, limits: StepLimits, layout: KVLayout, device: torch.device) -> None:
         self._layout = layout
         self.max_model_len = limits.max_model_len
-        self.max_blocks = ceil_div(limits.max_model_len, layout.block_size)
-        seqs, tokens = limits.max_num_seqs, limits.max_num_tokens
-        self.ids = torch.zeros(tokens, dtype=torch.int64)
-        self.positions = torch.zeros(tokens, dtype=torch.int64)
-        self.query_start = torch.zeros(seqs + 1, dtype=torch.int32)
-        self.seq_lens = torch.zeros(seqs, dtype=torch.int32)
-        self.sample_rows = torch.zeros(seqs, dtype=torch.int64)
-        self.slot_mappings = [torch.zeros(tokens, dtype=torch.int64) for _ in layout.groups]
-        self.block_tables = [torch.zeros(seqs, self.max_blocks, dtype=torch.int32) for _ in layout.groups]
-        self._ids = self.ids.numpy()
-        self._positions = self.positions.numpy()
-        self._query_start = self.query_start.numpy()
-        self._seq_lens = self.seq_lens.numpy()
-        self._sample_rows = self.sample_rows.numpy()
-        self._slot_mappings = [t.numpy() for t in self.slot_mappings]
-        self._block_tables = [t.numpy() for t in self.block_tables]
+        groups = range(len(layout.groups))
+        arrays = input_arrays(limits, len(groups), layout.block_size)
+        dtypes = {name: torch.int64 if array[0] == 8 else torch.int32 for name, array in arrays.items()}
+        self._mirror = Mirror(arrays, dtypes, device)
+        on_device = self._mirror.device
+        self.ids = on_device["ids"]
+        self.positions = on_device["positions"]
+        self.query_start = on_device["query_start"]
+        self.seq_lens = on_device["seq_lens"]
+        self.sample_rows = on_device["sample_rows"]
+        self.slot_mappings = [on_device[f"slots_{g}"] for g in groups]
+        self.block_tables = [on_device[f"tables_{g}"] for g in groups]
+        host = {name: tensor.numpy() for name, tensor in self._mirror.host.items()}
+        self._ids = host["ids"]
+        self._positions = host["positions"]
+        self._query_start = host["query_start"]
+        self._seq_lens = host["seq_lens"]
+        self._sample_rows = host["sample_rows"]
+        self._slot_mappings = [host[f"slots_{g}"] for g in groups]
+        self._block_tables = [host[f"tables_{g}"] for g in groups]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all input buffers."""
-        flat = [self.ids, self.positions, self.query_start, self.seq_lens, self.sample_rows]
-        return sum(t.nbytes for t in (*flat, *self.slot_mappings, *self.block_tables))
+        """Bytes of all input buffers on the device."""
+        return self._mirror.num_bytes
 
     @staticmethod
     def bytes_for(limits: StepLimits, num_groups: int, block_size: int) -> int:
         """What a StepInputs of these limits holds, without building one."""
-        return input_bytes(limits, num_groups, block_size)
+        return arrays_bytes(input_arrays(limits, num_groups, block_size))
 
-    def fill(self, step: StepArrays) -> list[AttentionBatch]:
-        """Write one step into the buffers; returns one AttentionBatch a KV group over views of them."""
-        num_tokens, num_seqs = len(step.token_ids), len(step.query_lens)
+    def fill(self, step: StepArrays, padded: StepShape | None = None) -> list[AttentionBatch]:
+        """Write one step into the buffers, padded to a shape where one is given; one AttentionBatch a KV group over views."""
+        num_tokens, num_seqs = step.num_tokens, step.num_seqs
         lens, starts = step.query_lens, step.start_positions
+        shape = padded or StepShape(num_tokens, num_seqs, int(lens.max()), 0)
         self._ids[:num_tokens] = step.token_ids
         ends = self._query_start[1 : num_seqs + 1]
         np.cumsum(lens, out=ends)
@@ -87,21 +114,42 @@ class StepInputs:
             tables[:num_seqs] = source
             rows = np.arange(num_seqs) if isinstance(owner, slice) else owner
             slots[:num_tokens] = source[rows, block_index].astype(np.int64) * block_size + offset
+            slots[num_tokens : shape.num_tokens] = -1
         num_rows = len(step.sample_indices)
         self._sample_rows[:num_rows] = ends[step.sample_indices] - 1
-        return self.batches(num_tokens, num_seqs, int(lens.max()), int(self._seq_lens[:num_seqs].max()))
+        if shape.num_seqs > num_seqs:
+            self._pad(num_tokens, num_seqs, num_rows, shape)
+        self._upload(num_seqs, shape.num_tokens)
+        max_seq_len = shape.max_seq_len or int(self._seq_lens[:num_seqs].max())
+        return self.batches(StepShape(shape.num_tokens, shape.num_seqs, shape.max_query_len, max_seq_len))
 
-    def batches(self, num_tokens: int, num_seqs: int, max_query_len: int, max_seq_len: int) -> list[AttentionBatch]:
-        """Views of the buffers for a step of this size, one a KV group."""
+    def _pad(self, num_tokens: int, num_seqs: int, num_rows: int, shape: StepShape) -> None:
+        """Sequences beyond num_seqs: no length; one query each in a decode step (its row is written as zeros), else none."""
+        step = 1 if shape.max_query_len == 1 else 0
+        self._query_start[num_seqs + 1 : shape.num_seqs + 1] = num_tokens + step * np.arange(1, shape.num_seqs - num_seqs + 1)
+        self._seq_lens[num_seqs : shape.num_seqs] = 0
+        self._sample_rows[num_rows : shape.num_seqs] = 0
+
+    def _upload(self, num_seqs: int, num_tokens: int) -> None:
+        mirror = self._mirror
+        mirror.upload_span("query_start", "sample_rows")
+        mirror.upload("ids", num_tokens)
+        mirror.upload("positions", num_tokens)
+        for group in range(len(self.slot_mappings)):
+            mirror.upload(f"slots_{group}", num_tokens)
+            mirror.upload(f"tables_{group}", num_seqs)
+
+    def batches(self, shape: StepShape) -> list[AttentionBatch]:
+        """Views of the buffers for a step of this shape, one a KV group."""
         return [
             AttentionBatch(
-                block_tables=self.block_tables[g][:num_seqs],
-                slot_mapping=self.slot_mappings[g][:num_tokens],
-                query_start=self.query_start[: num_seqs + 1],
-                seq_lens=self.seq_lens[:num_seqs],
-                num_seqs=num_seqs,
-                max_query_len=max_query_len,
-                max_seq_len=max_seq_len,
+                block_tables=self.block_tables[g][: shape.num_seqs],
+                slot_mapping=self.slot_mappings[g][: shape.num_tokens],
+                query_start=self.query_start[: shape.num_seqs + 1],
+                seq_lens=self.seq_lens[: shape.num_seqs],
+                num_seqs=shape.num_seqs,
+                max_query_len=shape.max_query_len,
+                max_seq_len=shape.max_seq_len,
                 block_size=self._layout.block_size,
                 window=group.window,
             )

@@ -46,7 +46,7 @@ def test_a_program_does_what_direct_calls_do_with_new_inputs(threaded: CpuKernel
         ids.copy_(torch.randint(0, 100, (tokens,)))
         positions.fill_(lens - 1)
         batch.seq_lens.fill_(lens)
-        program.run()
+        program.replay()
         replayed = out.clone()
         out.fill_(float("nan"))
         step()

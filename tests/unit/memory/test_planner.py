@@ -11,12 +11,13 @@ from brim.config.resolve import parse_memory
 from brim.config.schema import MemoryRequest
 from brim.errors import MemoryBudgetError
 from brim.memory.budget import decide_budget
-from brim.memory.footprint import Footprint, StepLimits, fixed_lines, predicted_footprint
+from brim.memory.footprint import Footprint, fixed_lines, predicted_footprint
 from brim.memory.kv_layout import KVLayout
 from brim.memory.kv_split import KVSplit
 from brim.memory.ledger import LedgerLine
 from brim.memory.plan import MemoryPlan
 from brim.memory.planner import PlanRequest, make_plan
+from brim.memory.step_memory import StepLimits
 from brim.platforms.base import MemoryReading
 from brim.units import GIB, MIB
 

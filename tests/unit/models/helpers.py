@@ -24,8 +24,8 @@ from transformers import (
 from brim.config.model_spec import ModelSpec, spec_from_hf_config
 from brim.formats.safetensors_file import open_safetensors
 from brim.kernels.base import Kernels
-from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVLayout
+from brim.memory.step_memory import StepLimits
 from brim.models.base import StepTensors
 from brim.models.decoder import DecoderModel
 from brim.models.loader import load_weights
@@ -130,7 +130,7 @@ class PagedRun:
     def __post_init__(self) -> None:
         spec, dtype = self.model.spec, self.model.dtype
         layout = KVLayout.of(spec, BLOCK_SIZE, dtype.itemsize)
-        self._inputs = StepInputs(StepLimits(2, MAX_TOKENS, MAX_LEN), layout)
+        self._inputs = StepInputs(StepLimits(2, MAX_TOKENS, MAX_LEN), layout, torch.device("cpu"))
         caches: dict[int, Tensor] = {}
         tables = []
         rng = np.random.default_rng(self.block_order_seed)

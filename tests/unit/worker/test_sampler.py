@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import brim.worker.sampler
-from brim.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from brim.config.schema import MAX_LOGPROBS
+from brim.engine.sampling_params import SamplingParams
 from brim.kernels.base import Kernels
+from brim.memory.step_memory import StepLimits
 from brim.worker.sampler import Sampler, SampleRows, SpecialRow
+from brim.worker.step_sizes import Sizes
 
 VOCAB = 96
 
 
-class Mirror:
+class Identity:
     """Hidden states are logits."""
 
     spec = SimpleNamespace(vocab_size=VOCAB, hidden_size=VOCAB)
@@ -27,6 +29,13 @@ class Mirror:
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         out.copy_(hidden)
+
+
+def new_sampler(kernels: Kernels, num_seqs: int, rows: int | None = None) -> Sampler:
+    """For num_seqs sequences of up to 64 tokens, with logits for `rows` of them at once."""
+    logits = torch.zeros(min(rows or num_seqs, num_seqs), VOCAB)
+    limits = StepLimits(num_seqs, max(64, num_seqs), 64)
+    return Sampler(kernels, Identity(), limits, logits, Sizes(()), lambda: None)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -104,11 +113,10 @@ def random_rows(count: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("logit_rows", [1, 3, 64])
-def test_greedy_with_everything_at_once(kernels: Kernels, logit_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_with_everything_at_once(kernels: Kernels, logit_rows: int) -> None:
     """Whatever number of logits rows is held at a time."""
-    monkeypatch.setattr(brim.worker.sampler, "LOGITS_BUFFER_BYTES", logit_rows * 4 * VOCAB)
     rows = random_rows(40)
-    sampler = Sampler(kernels, Mirror(), 64)  # type: ignore[arg-type]
+    sampler = new_sampler(kernels, 64, logit_rows)
     assert sampler.logit_rows == min(logit_rows, 64)
     hidden = torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
     where = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:40]
@@ -130,7 +138,7 @@ def test_greedy_with_everything_at_once(kernels: Kernels, logit_rows: int, monke
 def test_a_banned_or_sampled_token_has_its_own_rank(kernels: Kernels) -> None:
     hidden = torch.linspace(4, 0, VOCAB)[None]
     rows = [Row(SamplingParams(temperature=5.0, logprobs=2), seed=11)]
-    sampler = Sampler(kernels, Mirror(), 1)  # type: ignore[arg-type]
+    sampler = new_sampler(kernels, 1)
     scores = sampler.sample(hidden, torch.tensor([0]), settings(rows))[0]
     exact = log_softmax(hidden[0].numpy().astype(np.float64))
     assert scores.token_id == int(sampler.ids[0]) and scores.rank == scores.token_id + 1 > 2
@@ -141,11 +149,10 @@ def test_a_banned_or_sampled_token_has_its_own_rank(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("logit_rows", [2, 64])
-def test_prompt_logprobs(kernels: Kernels, logit_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brim.worker.sampler, "LOGITS_BUFFER_BYTES", logit_rows * 4 * VOCAB)
+def test_prompt_logprobs(kernels: Kernels, logit_rows: int) -> None:
     hidden = torch.randn(7, VOCAB) * 3
     targets = np.arange(7, dtype=np.int64) * 13
-    sampler = Sampler(kernels, Mirror(), 64)  # type: ignore[arg-type]
+    sampler = new_sampler(kernels, 64, logit_rows)
     for position, scores in enumerate(sampler.prompt_logprobs(hidden, targets, 4)):
         exact = log_softmax(hidden[position].numpy().astype(np.float64))
         token = int(targets[position])
@@ -178,7 +185,7 @@ def test_sampled_tokens_follow_the_distribution(kernels: Kernels, changes: dict[
     draws = 6000
     params = SamplingParams(**{"temperature": 1.0, **changes})
     hidden = (torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(4)) * 2).expand(draws, VOCAB).contiguous()
-    sampler = Sampler(kernels, Mirror(), draws)  # type: ignore[arg-type]
+    sampler = new_sampler(kernels, draws)
     sampler.sample(hidden, torch.arange(draws), settings([Row(params, seed=seed) for seed in range(draws)]))
     counts = np.bincount(sampler.ids.numpy(), minlength=VOCAB)
     expected = expected_distribution(hidden[0].numpy(), params) * draws
@@ -197,7 +204,7 @@ def test_a_token_depends_on_its_own_row_only(kernels: Kernels) -> None:
     """The same seed and position give the same token alone, in a batch, and between greedy rows."""
     hidden = torch.randn(9, VOCAB)
     rows = [Row(SamplingParams(temperature=0.9 if i % 3 else 0.0), prompt=[1] * i, seed=100 + i) for i in range(9)]
-    sampler = Sampler(kernels, Mirror(), 9)  # type: ignore[arg-type]
+    sampler = new_sampler(kernels, 9)
     sampler.sample(hidden, torch.arange(9), settings(rows))
     together = sampler.ids.tolist()
     for i, row in enumerate(rows):
@@ -213,16 +220,14 @@ def test_only_the_row_that_is_not_finite_fails(kernels: Kernels, poison: float) 
     clean = hidden.clone()
     hidden[2, 5] = poison
     rows = [Row(SamplingParams(temperature=t, logprobs=3), seed=i) for i, t in enumerate((0.0, 0.8, 0.8, 0.0))]
-    sampler = Sampler(kernels, Mirror(), 4)  # type: ignore[arg-type]
+    sampler = new_sampler(kernels, 4)
     sampler.sample(clean, torch.arange(4), settings(rows))
-    sampler.mark_failed(4)
-    expected = sampler.ids.tolist()
+    expected = sampler.read_ids(4).tolist()
     assert min(expected) >= 0
     sampler.sample(hidden, torch.arange(4), settings(rows))
-    sampler.mark_failed(4)
-    assert sampler.ids.tolist() == [expected[0], expected[1], -1, expected[3]]
+    assert sampler.read_ids(4).tolist() == [expected[0], expected[1], -1, expected[3]]
 
 
 def test_bytes_are_known_before_building(kernels: Kernels) -> None:
-    sampler = Sampler(kernels, Mirror(), 7)  # type: ignore[arg-type]
-    assert Sampler.bytes_for(7, VOCAB, VOCAB, 4) == sampler.num_bytes
+    sampler = new_sampler(kernels, 7)
+    assert Sampler.bytes_for(VOCAB, VOCAB, StepLimits(7, 64, 64), 4, 7) == sampler.num_bytes

@@ -51,7 +51,7 @@ def start(tmp_path: Path) -> Start:
             platform.capabilities = replace(platform.capabilities, reserve_commit=False, arena_backend="static")
         flags = {"model": str(tmp_path), "load_format": "dummy", "max_model_len": 256, "max_num_seqs": 3, **settings}
         config = resolve({**flags, "max_num_batched_tokens": 64})
-        return start_worker(config, platform, lambda: select_kernels("cpu").kernels, open_model(config.model), lambda p: None)
+        return start_worker(config, platform, lambda _: select_kernels("cpu").kernels, open_model(config.model), lambda p: None)
 
     return build
 

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brim.memory.footprint import StepLimits
 from brim.memory.kv_layout import KVGroup, KVLayout
+from brim.memory.step_memory import StepLimits
 from brim.worker.step_inputs import StepArrays, StepInputs
 
 LIMITS = StepLimits(max_num_seqs=6, max_num_tokens=96, max_model_len=128)
@@ -35,7 +36,7 @@ def steps(draw: st.DrawFn) -> StepArrays:
 @settings(max_examples=60, deadline=None)
 @given(steps())
 def test_fill_matches_a_loop_over_tokens(step: StepArrays) -> None:
-    inputs = StepInputs(LIMITS, LAYOUT)
+    inputs = StepInputs(LIMITS, LAYOUT, torch.device("cpu"))
     batches = inputs.fill(step)
     token = 0
     for s, (length, start) in enumerate(zip(step.query_lens.tolist(), step.start_positions.tolist(), strict=True)):
@@ -56,7 +57,7 @@ def test_fill_matches_a_loop_over_tokens(step: StepArrays) -> None:
 
 
 def test_bytes_are_known_before_building() -> None:
-    assert StepInputs.bytes_for(LIMITS, len(LAYOUT.groups), 16) == StepInputs(LIMITS, LAYOUT).num_bytes
+    assert StepInputs.bytes_for(LIMITS, len(LAYOUT.groups), 16) == StepInputs(LIMITS, LAYOUT, torch.device("cpu")).num_bytes
 
 
 def test_a_step_over_the_limits_is_refused_by_the_buffers() -> None:
@@ -68,4 +69,4 @@ def test_a_step_over_the_limits_is_refused_by_the_buffers() -> None:
         np.zeros(1, dtype=np.int32),
     )
     with pytest.raises(ValueError, match="broadcast"):
-        StepInputs(LIMITS, LAYOUT).fill(step)
+        StepInputs(LIMITS, LAYOUT, torch.device("cpu")).fill(step)

@@ -70,7 +70,7 @@ class CpuKernels(Kernels):
 
     @contextmanager
     def record(self) -> Iterator[Program]:
-        """Store the calls made inside instead of running them; afterwards `program.run()` runs them all in one native call."""
+        """Store the calls made inside instead of running them; afterwards `program.replay()` runs them all in one native call."""
         assert self._recording is None, "recordings do not nest"
         program = Program(self._pool)
         self._recording = program

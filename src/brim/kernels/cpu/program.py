@@ -33,6 +33,6 @@ class Program:
     def __len__(self) -> int:
         return len(self._ops) // OP_BYTES
 
-    def run(self) -> None:
+    def replay(self) -> None:
         """Run all recorded calls. Allocates nothing."""
         self._pool.run(self._ops, len(self._ops) // OP_BYTES)

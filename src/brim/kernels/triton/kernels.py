@@ -32,9 +32,10 @@ from brim.kernels.triton.tuning import (
     norm_warps,
     rope_heads,
 )
-from brim.units import ceil_div
+from brim.units import ceil_div, round_up
 
 _INTERPRETER_CORES = 2
+_MATRIX_ALIGNMENT_BYTES = 256
 
 
 class TritonKernels(Kernels):
@@ -44,6 +45,7 @@ class TritonKernels(Kernels):
     """
 
     name = "triton"
+    can_capture = True
 
     def __init__(self, device: torch.device | str, limits: KernelLimits) -> None:
         self.device = torch.device(device)
@@ -52,17 +54,26 @@ class TritonKernels(Kernels):
         self._scratch = Scratch(limits, self.num_cores, self.device)
         self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.num_cores))
         self._wide_products = _has_wide_products(self.device)
+        self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
     @property
     def scratch_bytes(self) -> int:
         return self._scratch.num_bytes
 
     # weights
+    def reserve_weights(self, num_bytes: int) -> None:
+        self._slab, self._slab_used = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device), 0
+
     def new_linear(self, out_features: int, in_features: int, dtype: torch.dtype) -> LinearWeight:
-        return TorchLinearWeight(out_features, in_features, dtype, self.device)
+        start, held = self._slab_used, self.linear_num_bytes(out_features, in_features, dtype)
+        storage = None
+        if start + held <= len(self._slab):
+            storage = self._slab[start : start + out_features * in_features * dtype.itemsize]
+            self._slab_used += held
+        return TorchLinearWeight(out_features, in_features, dtype, self.device, storage)
 
     def linear_num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        return out_features * in_features * dtype.itemsize
+        return round_up(out_features * in_features * dtype.itemsize, _MATRIX_ALIGNMENT_BYTES)
 
     # dense
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:

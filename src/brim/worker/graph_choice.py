@@ -1,0 +1,72 @@
+"""Which graph mode a start uses. Owns the resolution of what was asked against what works here, and its reason.
+
+Modes have vLLM's meanings: FULL captures decode steps and small mixed steps whole; PIECEWISE captures what lies between attention
+calls, for both; FULL_DECODE_ONLY captures decode steps whole and nothing else; FULL_AND_PIECEWISE captures decode steps whole and
+the others piecewise. A decode step captured whole includes sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brim.config.schema import DeviceConfig, GraphMode
+from brim.errors import ConfigError
+
+_RICHEST_FIRST: tuple[GraphMode, ...] = ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE", "FULL", "NONE")
+_NEXT_BEST: dict[GraphMode, tuple[GraphMode, ...]] = {
+    "FULL_AND_PIECEWISE": ("FULL_DECODE_ONLY", "PIECEWISE", "NONE"),
+    "FULL": ("FULL_DECODE_ONLY", "NONE"),
+    "PIECEWISE": ("NONE",),
+    "FULL_DECODE_ONLY": ("NONE",),
+    "NONE": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphChoice:
+    """The mode that runs, and why in one sentence."""
+
+    mode: GraphMode
+    reason: str
+
+    @property
+    def decode_whole(self) -> bool:
+        """Decode steps are captured whole."""
+        return self.mode in ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+
+    @property
+    def mixed_whole(self) -> bool:
+        """Small steps of any kind are captured whole."""
+        return self.mode == "FULL"
+
+    @property
+    def pieces(self) -> bool:
+        """What lies between attention calls is captured."""
+        return self.mode in ("PIECEWISE", "FULL_AND_PIECEWISE")
+
+
+def choose_graph_mode(device: DeviceConfig, available: Sequence[GraphMode], why_not_more: str) -> GraphChoice:
+    """The mode for these settings where `available` work (NONE always does). why_not_more: said where a mode is missing.
+
+    Raises ConfigError where --enforce-eager and another mode are both asked for.
+    """
+    asked = device.graph_mode
+    if device.enforce_eager:
+        if asked not in (None, "NONE"):
+            raise ConfigError(f"--enforce-eager and --graph-mode {asked} contradict each other; give only one.")
+        return GraphChoice("NONE", "--enforce-eager asks for no graphs.")
+    if asked is None:
+        mode = _first(_RICHEST_FIRST, available)
+        return GraphChoice(mode, f"The richest that works here. {why_not_more}".strip())
+    if asked in available or asked == "NONE":
+        return GraphChoice(asked, "As asked.")
+    mode = _first(_NEXT_BEST[asked], available)
+    return GraphChoice(mode, f"{asked} was asked for, but {why_not_more or 'it does not work here.'}")
+
+
+def _first(preferred: Sequence[GraphMode], available: Sequence[GraphMode]) -> GraphMode:
+    for mode in preferred:
+        if mode in available:
+            return mode
+    return "NONE"
