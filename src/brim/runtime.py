@@ -65,7 +65,8 @@ def build_engine_core(
     layout = plan.split.layout
     table = SequenceTable(limits.max_num_seqs, limits.max_model_len, layout)
     caching = config.memory.enable_prefix_caching
-    blocks = BlockManager(layout, worker.committed_blocks, table, enable_prefix_caching=caching)
+    capacity = worker.ready.capacity_blocks if platform.capabilities.reserve_commit else None
+    blocks = BlockManager(layout, worker.committed_blocks, table, enable_prefix_caching=caching, capacity=capacity)
     core = EngineCore(
         Scheduler(limits, blocks, table),
         worker,

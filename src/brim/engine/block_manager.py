@@ -38,16 +38,23 @@ class CachedPrefix:
 class BlockManager:
     """Blocks of all sequences that have a row; their ids are mirrored into the table's block tables.
 
-    num_blocks[g] counts block 0. A sequence holds the same number of table entries in every group (`num_slots / B`).
+    num_blocks[g] counts block 0; capacity[g] is how far the group may grow while serving (None: no further).
+    A sequence holds the same number of table entries in every group (`num_slots / B`).
     """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: SequenceABC[int], table: SequenceTable, *, enable_prefix_caching: bool = True
+        self,
+        layout: KVLayout,
+        num_blocks: SequenceABC[int],
+        table: SequenceTable,
+        *,
+        enable_prefix_caching: bool = True,
+        capacity: SequenceABC[int] | None = None,
     ) -> None:
         self.layout = layout
         self.block_size = layout.block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.pools = tuple(BlockPool(count) for count in num_blocks)
+        self.pools = tuple(BlockPool(n, most) for n, most in zip(num_blocks, capacity or num_blocks, strict=True))
         assert len(self.pools) == len(layout.groups)
         self._groups = tuple(enumerate(zip(layout.groups, self.pools, table.block_tables, strict=True)))
         self._sliding = tuple((g, group.window) for g, group in enumerate(layout.groups) if group.window)

@@ -31,11 +31,12 @@ class BlockCounts:
 class BlockPool:
     """All operations are O(1) but `shrink`, `grow` and `check_integrity`."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, capacity: int | None = None) -> None:
+        """capacity: how far the pool may grow; None: no further than num_blocks."""
         if num_blocks < 2:
             raise ValueError(f"a KV group needs at least 2 blocks (one is reserved), not {num_blocks}")
         self.num_blocks = num_blocks
-        self.capacity = num_blocks
+        self.capacity = max(num_blocks, capacity or 0)
         self._free = list(range(num_blocks - 1, 0, -1))
         self._ref_counts = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}

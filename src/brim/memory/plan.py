@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from brim.errors import MemoryBudgetError
-from brim.memory.budget import Budget, decide_budget
+from brim.memory.budget import Budget
 from brim.memory.kv_split import KVSplit
 from brim.memory.ledger import Ledger
 from brim.memory.step_memory import StepLimits
@@ -47,38 +47,32 @@ class MemoryPlan:
         """Requests of max_model_len that fit at once."""
         return self.split.full_length_requests(self.kv_blocks)
 
-    def within(self, reading: MemoryReading) -> MemoryPlan:
-        """The plan under what this process can reach now: a neighbour may have come or gone since the plan was made.
-
-        A size that was asked for is kept as far as it is there; every other request is decided again. Raises MemoryBudgetError.
-        """
-        request = self.budget.request
-        if request.kind == "bytes":
-            ceiling_bytes = min(request.num_bytes, reading.reachable_bytes)
-        else:
-            ceiling_bytes = decide_budget(request, reading, self.budget.reserve_bytes, reserve_given=True).cap_bytes
-        moved_bytes = ceiling_bytes - self.ceiling_bytes
-        if not moved_bytes:
+    def raised(self, reading: MemoryReading) -> MemoryPlan:
+        """The plan after a neighbour left: "max" takes what it gave back. What one took is `settle`'s and lowers no cap."""
+        now_bytes = reading.reachable_bytes - self.budget.reserve_bytes
+        more_bytes = now_bytes - self.ceiling_bytes
+        if self.budget.request.kind != "max" or more_bytes <= 0:
             return self
-        word = "more" if moved_bytes > 0 else "less"
-        reason = f"Other processes left {format_bytes(abs(moved_bytes))} {word} than when the plan was made."
-        cap_bytes = min(self.cap_bytes, ceiling_bytes) if self.budget.decided_by_plan else ceiling_bytes
-        return replace(self, cap_bytes=cap_bytes, ceiling_bytes=ceiling_bytes, reasons=(*self.reasons, reason))
+        reason = f"Other processes gave back {format_bytes(more_bytes)} since the plan was made."
+        return replace(self, cap_bytes=now_bytes, ceiling_bytes=now_bytes, reasons=(*self.reasons, reason))
 
-    def settle(self, held_bytes: int) -> MemoryPlan:
+    def settle(self, held_bytes: int, reachable_bytes: int | None = None) -> MemoryPlan:
         """The plan with KV sized by what is really held: held_bytes is everything but KV, measured.
 
         "enough" keeps its blocks and moves its cap (up to the ceiling); every other request keeps its cap and moves its
-        blocks. The ledger keeps the predictions. Raises MemoryBudgetError where one full-length request no longer fits.
+        blocks. reachable_bytes: what is there now, less the reserve, where neighbours may have taken some of the room; it bounds
+        the blocks and not the cap, so that they can grow when it comes back. The ledger keeps the predictions. Raises
+        MemoryBudgetError where one full-length request no longer fits.
         """
-        room_bytes = self.ceiling_bytes - held_bytes
+        limit_bytes = self.ceiling_bytes if reachable_bytes is None else min(self.ceiling_bytes, reachable_bytes)
+        room_bytes = limit_bytes - held_bytes
         blocks = self.split.within(room_bytes)
         if blocks is None:
             need_bytes = held_bytes + self.split.bytes_for(self.min_blocks)
             raise MemoryBudgetError(
                 f"Measured: {format_bytes(held_bytes)} are held without KV cache and one request of "
                 f"{self.limits.max_model_len:,} tokens needs {format_bytes(self.split.bytes_for(self.min_blocks))}; "
-                f"the cap is {format_bytes(self.ceiling_bytes)}.",
+                f"the cap is {format_bytes(self.ceiling_bytes)}, of which {format_bytes(limit_bytes)} are there.",
                 ledger=self.ledger,
                 nearest=(f"--memory {_whole_mib(need_bytes)}MiB",),
             )

@@ -149,6 +149,15 @@ class ReadyWorker:
     peak_bytes: int
 
     @property
+    def capacity_blocks(self) -> tuple[int, ...]:
+        """How far each group may grow while serving: to the cap, where neighbours left less than that at the start."""
+        heap_bytes = self.warm.reserved.loaded.opened.settings.heap_bytes
+        held_bytes = max(self.peak_bytes, self.held_bytes + heap_bytes) - self.warm.reserved.cache.committed_bytes
+        reachable = self.plan.split.within(self.plan.cap_bytes - held_bytes) or self.plan.kv_blocks
+        most = (min(count, limit) for count, limit in zip(reachable, self.plan.max_blocks, strict=True))
+        return tuple(max(count, now) for count, now in zip(most, self.plan.kv_blocks, strict=True))
+
+    @property
     def warm(self) -> WarmWorker:
         """The runner and its buffers."""
         return self.committed.captured.measured.warm
@@ -239,11 +248,12 @@ def _commit_what_is_there(measured: MeasuredWorker, cache: KVCache) -> MemoryPla
     settings = opened.settings
     for attempt in range(MAX_COMMITS):
         reading = opened.platform.reading()
-        held_bytes = reading.ours_bytes - cache.committed_bytes
-        plan = settings.plan
-        if not opened.platform.capabilities.host_memory:
-            plan = plan.within(reading)
-        plan = plan.settle(held_bytes + max(measured.transient_bytes, settings.heap_bytes))
+        held_bytes = reading.ours_bytes - cache.committed_bytes + max(measured.transient_bytes, settings.heap_bytes)
+        if opened.platform.capabilities.host_memory:  # what is available there moves with every file that is read
+            plan = settings.plan.settle(held_bytes)
+        else:
+            plan = settings.plan.raised(reading)
+            plan = plan.settle(held_bytes, reading.reachable_bytes - plan.budget.reserve_bytes)
         opened.platform.set_cap(plan.cap_bytes)
         try:
             _hold(measured.warm, plan.kv_blocks)
