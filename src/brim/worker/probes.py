@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,6 +31,26 @@ def warm_steps(
     one = StepLimits(1, 1, min(limits.max_model_len, block_size))
     width = -(-limits.max_model_len // block_size)
     yield _decode(one, block_size, blocks, spec.vocab_size, width=width)
+    group = spec.num_heads // spec.num_kv_heads
+    for longest in (1, max(2, 16 // group), max(2, 64 // group), limits.max_num_tokens - 1):
+        for query_lens in ([longest], [longest, 1], [longest, 1, 1]):
+            if sum(query_lens) <= limits.max_num_tokens and len(query_lens) <= limits.max_num_seqs:
+                if longest <= limits.max_model_len:
+                    yield _mixed(query_lens, width, blocks, spec.vocab_size)
+
+
+def _mixed(query_lens: list[int], width: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
+    """Sequences at their beginning, all of them sampled greedily."""
+    num_seqs = len(query_lens)
+    arrays = StepArrays(
+        token_ids=np.arange(sum(query_lens), dtype=np.int64) % vocab_size,
+        query_lens=np.array(query_lens, dtype=np.int32),
+        start_positions=np.zeros(num_seqs, dtype=np.int32),
+        block_tables=_tables(num_seqs, width, blocks),
+        sample_indices=np.arange(num_seqs, dtype=np.int32),
+    )
+    rows = _rows(num_seqs, vocab_size, special=False)
+    return arrays, replace(rows, temperature=np.zeros(num_seqs, dtype=np.float32))
 
 
 def _tables(num_seqs: int, width: int, blocks: Sequence[int]) -> tuple[np.ndarray, ...]:
