@@ -34,9 +34,9 @@ def warm_steps(
     group = spec.num_heads // spec.num_kv_heads
     for longest in (1, max(2, 16 // group), max(2, 64 // group), limits.max_num_tokens - 1):
         for query_lens in ([longest], [longest, 1], [longest, 1, 1]):
-            if sum(query_lens) <= limits.max_num_tokens and len(query_lens) <= limits.max_num_seqs:
-                if longest <= limits.max_model_len:
-                    yield _mixed(query_lens, width, blocks, spec.vocab_size)
+            fits = sum(query_lens) <= limits.max_num_tokens and len(query_lens) <= limits.max_num_seqs
+            if fits and longest <= limits.max_model_len:
+                yield _mixed(query_lens, width, blocks, spec.vocab_size)
 
 
 def _mixed(query_lens: list[int], width: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
