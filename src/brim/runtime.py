@@ -61,6 +61,7 @@ def build_engine_core(
         max_num_batched_tokens=plan.limits.max_num_tokens,
         max_model_len=plan.limits.max_model_len,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+        pipeline_depth=worker.ready.warm.reserved.loaded.opened.settings.pipeline_depth,
     )
     layout = plan.split.layout
     table = SequenceTable(limits.max_num_seqs, limits.max_model_len, layout)

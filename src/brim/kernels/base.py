@@ -152,6 +152,16 @@ class Kernels(ABC):
     def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
         """out[R, N] = x[rows[R] int64]."""
 
+    # tokens that the host does not know yet
+    def resolve_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
+        """ids[i] = last_ids[rows[i] int64] where ids[i] int64 is negative, else it stays."""
+        known = torch.clamp(ids, min=0)
+        torch.where(ids < 0, last_ids[rows], known, out=ids)
+
+    def remember_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
+        """last_ids[rows[i] int64] = ids[i]; rows that repeat hold padding."""
+        last_ids.index_copy_(0, rows, ids)
+
     # attention
     @abstractmethod
     def rope_and_cache(

@@ -84,6 +84,8 @@ def input_arrays(limits: StepLimits, num_groups: int, block_size: int) -> dict[s
         "query_start": (4, seqs + 1),
         "seq_lens": (4, seqs),
         "sample_rows": (8, seqs),
+        "rows": (8, seqs),
+        "sampled_rows": (8, seqs),
         "ids": (8, tokens),
         "positions": (8, tokens),
     }
@@ -107,6 +109,7 @@ def sampler_arrays(
         "position": (8, seqs),
         "ids": (8, seqs),
         "sums": (4, seqs),
+        "last_ids": (8, seqs + 1),
         "hidden": (element_bytes, seqs, hidden_size),
         "chosen": (4, rows),
         "rank": (8, rows),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,11 +74,23 @@ class PlatformDefaults:
     context_bytes: int  # predicted share of libraries and runtime, where it cannot be measured yet
 
 
+class Marker(Protocol):
+    """A place in the worker's queue of device work."""
+
+    def wait(self) -> None:
+        """Return when everything queued before it is done."""
+
+
 class DeviceGraph(Protocol):
     """Device work captured once; its addresses and sizes are fixed, its values are read from memory at each replay."""
 
     def replay(self) -> None:
         """Queue all of it on the worker's stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class _WholeQueue:
+    wait: Callable[[], None]
 
 
 class Platform(ABC):
@@ -128,6 +141,10 @@ class Platform(ABC):
         """Entered around every phase and step: all of a worker's work goes through one queue of the device, so that libraries
         keep one workspace and graphs are captured where eager steps run."""
         return nullcontext()
+
+    def mark(self) -> Marker:
+        """A marker after all that is queued now. Here one that waits for everything."""
+        return _WholeQueue(self.synchronize)
 
     def capture(self) -> AbstractContextManager[DeviceGraph]:
         """Capture the device work queued inside, which runs only when the graph is replayed; only where capabilities.graphs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,17 @@ class DeviceWorker(Executor):
         """Run one step to its end."""
         with foreign_errors(self._platform), self._platform.stream():
             return self._runner.execute(plan)
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Queue one step; its result is waited for by the returned call."""
+        with foreign_errors(self._platform), self._platform.stream():
+            result = self._runner.submit(plan)
+
+        def wait() -> StepResult:
+            with foreign_errors(self._platform):
+                return result()
+
+        return wait
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
         """Copy KV blocks between steps."""

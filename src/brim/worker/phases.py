@@ -44,7 +44,10 @@ MAX_COMMITS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartSettings:
-    """What start-up builds, decided before it begins. heap_bytes: set aside for what requests take in this process's heap."""
+    """What start-up builds, decided before it begins. heap_bytes: set aside for what requests take in this process's heap.
+
+    pipeline_depth: steps that may be in flight: 2 where the next step's ids can be read on the device.
+    """
 
     spec: ModelSpec
     dtype: torch.dtype
@@ -52,6 +55,7 @@ class StartSettings:
     heap_bytes: int
     graphs: GraphChoice
     sizes: StepSizes
+    pipeline_depth: int = 1
 
     @property
     def limits(self) -> StepLimits:
@@ -197,9 +201,10 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         workspace = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=device)
         buffers = _buffer_views(model, limits.max_num_tokens, plan, workspace)
         logits = _logits_view(settings, plan, workspace)
-        inputs = StepInputs(limits, settings.layout, device)
-        sampler = Sampler(opened.kernels, model, limits, logits, settings.sizes.rows, opened.platform.synchronize)
-        runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers, settings.sizes)
+        in_flight, kernels = settings.pipeline_depth, opened.kernels
+        inputs = StepInputs(limits, settings.layout, device, in_flight)
+        sampler = Sampler(kernels, model, limits, logits, settings.sizes.rows, opened.platform.mark, in_flight)
+        runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers, settings.sizes, kernels, in_flight > 1)
         scope.add("buffers", "step inputs", inputs.num_bytes)
         scope.add("buffers", "sampler", sampler.num_bytes)
         scope.add("workspace", "step workspace", plan.num_bytes)

@@ -5,14 +5,14 @@ Everything a step needs lives in buffers allocated before; a step allocates noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
 
 from brim.engine.sequence import Sequence
 from brim.engine.step import StepPlan, StepResult, TokenLogprobs
-from brim.kernels.base import AttentionBatch
+from brim.kernels.base import AttentionBatch, Kernels
 from brim.models.base import Model, StepTensors
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
@@ -33,7 +33,12 @@ class ModelRunner:
         sampler: Sampler,
         buffers: Mapping[str, Tensor],
         sizes: StepSizes,
+        kernels: Kernels,
+        tokens_on_device: bool = False,
     ) -> None:
+        """tokens_on_device: steps may read ids that the host does not know yet."""
+        self._kernels = kernels
+        self._tokens_on_device = tokens_on_device
         self._model = model
         self._cache = cache
         self._inputs = inputs
@@ -88,15 +93,34 @@ class ModelRunner:
 
     def _decode_body(self, num_seqs: int, all_greedy: bool) -> None:
         inputs = self._inputs
+        self._resolve(num_seqs)
         hidden = self._model.forward(self._step_tensors(num_seqs, inputs.batches(self._decode_shape(num_seqs))))
         self._sampler.sample_chunk_all(hidden, inputs.sample_rows[:num_seqs], all_greedy)
+        self._remember(num_seqs)
+
+    def _resolve(self, num_seqs: int) -> None:
+        """The ids of decoding sequences, which come first, become what was sampled for their rows."""
+        if self._tokens_on_device:
+            inputs = self._inputs
+            self._kernels.resolve_ids(inputs.ids[:num_seqs], inputs.rows[:num_seqs], self._sampler.last_ids)
+
+    def _remember(self, num_rows: int) -> None:
+        if self._tokens_on_device:
+            rows = self._inputs.sampled_rows[:num_rows]
+            self._kernels.remember_ids(self._sampler.ids[:num_rows], rows, self._sampler.last_ids)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run a scheduler's step: S sequences, T tokens -> ids of the R sampled rows."""
+        """Run a scheduler's step to its end."""
+        return self.submit(plan)()
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Queue a scheduler's step: S sequences, T tokens; the returned call waits for the ids of its R sampled rows.
+
+        Rows that want more than an id are waited for here."""
         for copy in plan.copies:
             self._cache.copy_block(copy.group, copy.source, copy.target)
         tables = tuple(table[plan.rows] for table in plan.table.block_tables)
-        arrays = StepArrays(plan.token_ids, plan.query_lens, plan.start_positions, tables, plan.sample_indices)
+        arrays = StepArrays(plan.token_ids, plan.query_lens, plan.start_positions, tables, plan.sample_indices, plan.rows)
         settings = self._settings(plan)
         num_rows = len(plan.sample_indices)
         logprobs: dict[int, TokenLogprobs] = {}
@@ -105,10 +129,20 @@ class ModelRunner:
             hidden = self.forward(arrays)
             prompt_logprobs = {i: self._score_prompt(plan, i, hidden) for i in plan.prompt_logprob_indices}
             if num_rows:
-                logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
-        ids = self._sampler.read_ids(num_rows)
-        failed = {int(plan.sample_indices[i]): "the model's output was not finite" for i in np.flatnonzero(ids < 0)}
-        return StepResult(plan.step_id, ids, logprobs, prompt_logprobs, failed)
+                logprobs = self._sample(hidden, num_rows, settings)
+        read = self._sampler.start_read(num_rows)
+
+        def wait() -> StepResult:
+            ids = read()
+            failed = {int(plan.sample_indices[i]): "the model's output was not finite" for i in np.flatnonzero(ids < 0)}
+            return StepResult(plan.step_id, ids, logprobs, prompt_logprobs, failed)
+
+        return wait
+
+    def _sample(self, hidden: Tensor, num_rows: int, settings: SampleRows) -> dict[int, TokenLogprobs]:
+        logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
+        self._remember(num_rows)
+        return logprobs
 
     def forward(self, arrays: StepArrays) -> Tensor:
         """Hidden states [T, hidden_size] of one step given as arrays."""
@@ -117,10 +151,13 @@ class ModelRunner:
         if program is None:
             shape = StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
             batches = self._inputs.fill(arrays, shape)
+            self._resolve(arrays.num_seqs)
             return self._model.forward(self._step_tensors(shape.num_tokens, batches))[:num_tokens]
         size, mixed = program
         shape = self._mixed_shape(size) if mixed.is_whole else StepShape(size, arrays.num_seqs, longest, 0)
-        mixed.run(self._step_tensors(size, self._inputs.fill(arrays, shape)))
+        batches = self._inputs.fill(arrays, shape)
+        self._resolve(arrays.num_seqs)
+        mixed.run(self._step_tensors(size, batches))
         return self._buffers["hidden"][:num_tokens]
 
     def _step_tensors(self, num_tokens: int, batches: list[AttentionBatch]) -> StepTensors:
@@ -150,9 +187,8 @@ class ModelRunner:
         """Run a fabricated step to its end, sampling included (warm, measure and prove)."""
         num_rows = len(arrays.sample_indices)
         if not self._replay(arrays, settings):
-            hidden = self.forward(arrays)
-            self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
-        self._sampler.read_ids(num_rows)
+            self._sample(self.forward(arrays), num_rows, settings)
+        self._sampler.start_read(num_rows)()
 
     def _score_prompt(self, plan: StepPlan, index: int, hidden: Tensor) -> list[TokenLogprobs]:
         sequence = plan.sequences[index]

@@ -18,13 +18,14 @@ from brim.engine.step import TokenLogprobs
 from brim.kernels.base import Kernels, SamplingBatch
 from brim.memory.step_memory import StepLimits, arrays_bytes, sampler_arrays
 from brim.models.base import Model
+from brim.platforms.base import Marker
 from brim.worker.logit_edits import LogitEdits
 from brim.worker.mirror import Mirror
 from brim.worker.step_sizes import Sizes
 
 _DTYPES = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "sums", "chosen", "top_values", "row_copy", "edits"), torch.float32),
-    **dict.fromkeys(("seed", "position", "ids", "rank", "top_ids", "targets", "history"), torch.int64),
+    **dict.fromkeys(("seed", "position", "ids", "last_ids", "rank", "top_ids", "targets", "history"), torch.int64),
     "top_k": torch.int32,
 }
 _PARAMS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
@@ -58,7 +59,7 @@ class Sampler:
     """Samples R rows in chunks of `logit_rows`. Buffers are allocated once; `num_bytes` is exact.
 
     logits [rows, vocab] float32: where logits are made; rows bounds the chunks. row_sizes: to which numbers of rows the logits'
-    product is rounded up. synchronize waits for the device.
+    product is rounded up. mark gives a marker after all that is queued. num_sets: steps that may be in flight.
     """
 
     def __init__(
@@ -68,18 +69,20 @@ class Sampler:
         limits: StepLimits,
         logits: Tensor,
         row_sizes: Sizes,
-        synchronize: Callable[[], None],
+        mark: Callable[[], Marker],
+        num_sets: int = 1,
     ) -> None:
         self._kernels = kernels
         self._model = model
         self._row_sizes = row_sizes
-        self._synchronize = synchronize
+        self._mark = mark
         self.logits = logits
         self.logit_rows, vocab_size = logits.shape
         arrays = sampler_arrays(vocab_size, model.spec.hidden_size, limits, model.dtype.itemsize, self.logit_rows)
-        self._mirror = Mirror(arrays, {**_DTYPES, "hidden": model.dtype}, logits.device)
+        self._mirror = Mirror(arrays, {**_DTYPES, "hidden": model.dtype}, logits.device, num_sets)
         static = self._mirror.device
         self.hidden, self.ids, self._sums = static["hidden"], static["ids"], static["sums"]
+        self.last_ids = static["last_ids"]
         self._params = SamplingBatch(
             static["temperature"],
             static["top_k"],
@@ -89,9 +92,6 @@ class Sampler:
             static["position"],
             all_greedy=False,
         )
-        self._host_params = {name: self._mirror.host[name].numpy() for name in _PARAMS}
-        self._host_ids = self._mirror.host["ids"].numpy()
-        self._host_sums = self._mirror.host["sums"].numpy()
         self._static = static
         self._edits = LogitEdits(kernels, static["history"], static["edits"])
 
@@ -108,8 +108,9 @@ class Sampler:
     def set_params(self, rows: SampleRows) -> None:
         """Copy the parameter arrays [R] into the static buffers."""
         count = len(rows.temperature)
-        for name, buffer in self._host_params.items():
-            buffer[:count] = getattr(rows, name)
+        host = self._mirror.host
+        for name in _PARAMS:
+            host[name][:count] = getattr(rows, name)
         self._mirror.upload_span(_PARAMS[0], _PARAMS[-1])
 
     def params_view(self, start: int, stop: int, all_greedy: bool) -> SamplingBatch:
@@ -171,12 +172,19 @@ class Sampler:
         self._model.logits(self.hidden[:count], self.logits[:count])
         self._kernels.sample(self.logits[:count], self.params_view(0, count, all_greedy), self.ids[:count])
 
-    def read_ids(self, count: int) -> NDArray[np.int64]:
-        """Wait for the step; the sampled ids [count], -1 for rows whose hidden state is not finite."""
-        torch.sum(self.hidden[:count], dim=-1, dtype=torch.float32, out=self._sums[:count])
-        self._mirror.download_span("ids", "sums")
-        self._synchronize()
-        return np.where(np.isfinite(self._host_sums[:count]), self._host_ids[:count], -1)
+    def start_read(self, count: int) -> Callable[[], NDArray[np.int64]]:
+        """Queue the way back of the sampled ids; the returned call waits for them: [count], -1 for rows that are not finite."""
+        if count:
+            torch.sum(self.hidden[:count], dim=-1, dtype=torch.float32, out=self._sums[:count])
+            self._mirror.download_span("ids", "sums")
+        marker, host = self._mark(), self._mirror.host
+        self._mirror.turn()
+
+        def read() -> NDArray[np.int64]:
+            marker.wait()
+            return np.where(np.isfinite(host["sums"][:count]), host["ids"][:count], -1)
+
+        return read
 
     def prompt_logprobs(self, hidden: Tensor, targets: NDArray[np.int64], num_best: int) -> list[TokenLogprobs]:
         """Score targets[n] (the token after each position) against hidden[n, hidden_size], in chunks of logit_rows."""

@@ -129,6 +129,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
         plan=plan,
         heap_bytes=_heap_bytes(plan.limits, layout) if platform.capabilities.host_memory else 0,
         graphs=graphs,
+        pipeline_depth=2 if platform.capabilities.async_tokens and kernels.can_capture else 1,
         sizes=(exact_sizes if kernels.can_record or not kernels.can_capture else rounded_sizes)(plan.limits, rows),
     )
 

@@ -6,6 +6,7 @@ The host writes through numpy, the device reads its own copy (host memory: the s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class StepArrays:
     """One step as arrays (S sequences, T tokens, R sampled rows): what a StepPlan or a worst-case probe amounts to.
 
     token_ids [T] int64; query_lens, start_positions [S] int32; block_tables: one [S, max_blocks] int32 a KV group;
-    sample_indices [R] int32 into the sequences.
+    sample_indices [R] int32 into the sequences. A token id of -1 stands for the last one sampled for the sequence's row.
     """
 
     token_ids: NDArray[np.int64]
@@ -30,6 +31,7 @@ class StepArrays:
     start_positions: NDArray[np.int32]
     block_tables: tuple[NDArray[np.int32], ...]
     sample_indices: NDArray[np.int32]
+    rows: NDArray[np.int32] | None = None  # [S] of the sequence table; None: a fabricated step, in nobody's row
 
     @property
     def num_tokens(self) -> int:
@@ -58,29 +60,24 @@ class StepShape:
 class StepInputs:
     """Input buffers of the largest step. `num_bytes` is exact; construction touches every page."""
 
-    def __init__(self, limits: StepLimits, layout: KVLayout, device: torch.device) -> None:
+    def __init__(self, limits: StepLimits, layout: KVLayout, device: torch.device, num_sets: int = 1) -> None:
         self._layout = layout
         self.max_model_len = limits.max_model_len
+        self._nobody = limits.max_num_seqs
         groups = range(len(layout.groups))
         arrays = input_arrays(limits, len(groups), layout.block_size)
         dtypes = {name: torch.int64 if array[0] == 8 else torch.int32 for name, array in arrays.items()}
-        self._mirror = Mirror(arrays, dtypes, device)
+        self._mirror = Mirror(arrays, dtypes, device, num_sets)
         on_device = self._mirror.device
         self.ids = on_device["ids"]
         self.positions = on_device["positions"]
         self.query_start = on_device["query_start"]
         self.seq_lens = on_device["seq_lens"]
         self.sample_rows = on_device["sample_rows"]
+        self.rows = on_device["rows"]
+        self.sampled_rows = on_device["sampled_rows"]
         self.slot_mappings = [on_device[f"slots_{g}"] for g in groups]
         self.block_tables = [on_device[f"tables_{g}"] for g in groups]
-        host = {name: tensor.numpy() for name, tensor in self._mirror.host.items()}
-        self._ids = host["ids"]
-        self._positions = host["positions"]
-        self._query_start = host["query_start"]
-        self._seq_lens = host["seq_lens"]
-        self._sample_rows = host["sample_rows"]
-        self._slot_mappings = [host[f"slots_{g}"] for g in groups]
-        self._block_tables = [host[f"tables_{g}"] for g in groups]
 
     @property
     def num_bytes(self) -> int:
@@ -94,45 +91,60 @@ class StepInputs:
 
     def fill(self, step: StepArrays, padded: StepShape | None = None) -> list[AttentionBatch]:
         """Write one step into the buffers, padded to a shape where one is given; one AttentionBatch a KV group over views."""
+        self._mirror.turn()
+        host = self._mirror.host
         num_tokens, num_seqs = step.num_tokens, step.num_seqs
         lens, starts = step.query_lens, step.start_positions
         shape = padded or StepShape(num_tokens, num_seqs, int(lens.max()), 0)
-        self._ids[:num_tokens] = step.token_ids
-        ends = self._query_start[1 : num_seqs + 1]
+        host["ids"][:num_tokens] = step.token_ids
+        ends = host["query_start"][1 : num_seqs + 1]
         np.cumsum(lens, out=ends)
-        np.add(starts, lens, out=self._seq_lens[:num_seqs])
-        owner: NDArray[np.int64] | slice = slice(0, num_seqs)
+        seq_lens = np.add(starts, lens, out=host["seq_lens"][:num_seqs])
+        owner: NDArray[np.int64] | None = None
         if num_tokens == num_seqs:
             positions = starts
         else:
             owner = np.repeat(np.arange(num_seqs), lens)
             positions = np.arange(num_tokens) + np.repeat(starts - ends + lens, lens)
-        self._positions[:num_tokens] = positions
-        block_size = self._layout.block_size
-        block_index, offset = np.divmod(positions, block_size)
-        for slots, tables, source in zip(self._slot_mappings, self._block_tables, step.block_tables, strict=True):
-            tables[:num_seqs] = source
-            rows = np.arange(num_seqs) if isinstance(owner, slice) else owner
-            slots[:num_tokens] = source[rows, block_index].astype(np.int64) * block_size + offset
-            slots[num_tokens : shape.num_tokens] = -1
+        host["positions"][:num_tokens] = positions
+        self._fill_tables(step, owner, positions, shape)
         num_rows = len(step.sample_indices)
-        self._sample_rows[:num_rows] = ends[step.sample_indices] - 1
+        host["sample_rows"][:num_rows] = ends[step.sample_indices] - 1
+        rows = self._nobody if step.rows is None else step.rows
+        host["rows"][:num_seqs] = rows
+        host["sampled_rows"][:num_rows] = rows if step.rows is None else step.rows[step.sample_indices]
         if shape.num_seqs > num_seqs:
             self._pad(num_tokens, num_seqs, num_rows, shape)
         self._upload(num_seqs, shape.num_tokens)
-        max_seq_len = shape.max_seq_len or int(self._seq_lens[:num_seqs].max())
-        return self.batches(StepShape(shape.num_tokens, shape.num_seqs, shape.max_query_len, max_seq_len))
+        return self.batches(
+            StepShape(shape.num_tokens, shape.num_seqs, shape.max_query_len, shape.max_seq_len or int(seq_lens.max()))
+        )
+
+    def _fill_tables(self, step: StepArrays, owner: NDArray[np.int64] | None, positions: NDArray[Any], shape: StepShape) -> None:
+        """Block tables of each group and where each token's K and V go; owner: the sequence of each token, None: its own."""
+        host, num_tokens, num_seqs = self._mirror.host, step.num_tokens, step.num_seqs
+        block_size = self._layout.block_size
+        block_index, offset = np.divmod(positions, block_size)
+        rows = np.arange(num_seqs) if owner is None else owner
+        for group, source in enumerate(step.block_tables):
+            slots = host[f"slots_{group}"]
+            host[f"tables_{group}"][:num_seqs] = source
+            slots[:num_tokens] = source[rows, block_index].astype(np.int64) * block_size + offset
+            slots[num_tokens : shape.num_tokens] = -1
 
     def _pad(self, num_tokens: int, num_seqs: int, num_rows: int, shape: StepShape) -> None:
         """Sequences beyond num_seqs: no length; one query each in a decode step (its row is written as zeros), else none."""
-        step = 1 if shape.max_query_len == 1 else 0
-        self._query_start[num_seqs + 1 : shape.num_seqs + 1] = num_tokens + step * np.arange(1, shape.num_seqs - num_seqs + 1)
-        self._seq_lens[num_seqs : shape.num_seqs] = 0
-        self._sample_rows[num_rows : shape.num_seqs] = 0
+        host, step = self._mirror.host, 1 if shape.max_query_len == 1 else 0
+        more = np.arange(1, shape.num_seqs - num_seqs + 1)
+        host["query_start"][num_seqs + 1 : shape.num_seqs + 1] = num_tokens + step * more
+        host["seq_lens"][num_seqs : shape.num_seqs] = 0
+        host["sample_rows"][num_rows : shape.num_seqs] = 0
+        host["rows"][num_seqs : shape.num_seqs] = self._nobody
+        host["sampled_rows"][num_rows : shape.num_seqs] = self._nobody
 
     def _upload(self, num_seqs: int, num_tokens: int) -> None:
         mirror = self._mirror
-        mirror.upload_span("query_start", "sample_rows")
+        mirror.upload_span("query_start", "sampled_rows")
         mirror.upload("ids", num_tokens)
         mirror.upload("positions", num_tokens)
         for group in range(len(self.slot_mappings)):

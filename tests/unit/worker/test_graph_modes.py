@@ -59,7 +59,7 @@ def _stored(name: str) -> Any:
 
 
 for _name in ("linear", "embed", "rms_norm", "add_rms_norm", "gated_activation", "gather_rows", "rope_and_cache", "attention",
-              "sample"):  # fmt: skip
+              "sample", "resolve_ids", "remember_ids"):  # fmt: skip
     setattr(StoredKernels, _name, _stored(_name))
 
 
@@ -79,9 +79,9 @@ class StoredGraph:
 class StoringPlatform(FakePlatform):
     """A scripted accelerator with graphs."""
 
-    def __init__(self, kernels: StoredKernels) -> None:
+    def __init__(self, kernels: StoredKernels, async_tokens: bool) -> None:
         super().__init__(FakeDevice(total_bytes=2 << 30))
-        self.capabilities = replace(self.capabilities, graphs=True, graph_modes=MODES)
+        self.capabilities = replace(self.capabilities, graphs=True, graph_modes=MODES, async_tokens=async_tokens)
         self._kernels = kernels
 
     @contextmanager
@@ -111,11 +111,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def start(model: Path, **settings: Any) -> tuple[DeviceWorker, StoredKernels]:
+def start(model: Path, async_tokens: bool = False, **settings: Any) -> tuple[DeviceWorker, StoredKernels]:
     kernels = StoredKernels()
     flags = {"model": str(model), "load_format": "dummy", "dtype": "float32", "max_model_len": LENGTH, "max_num_seqs": SEQS}
     config = resolve({**flags, "max_num_batched_tokens": TOKENS, "memory": "1200MiB", **settings})
-    platform = StoringPlatform(kernels)
+    platform = StoringPlatform(kernels, async_tokens)
     if config.device.arena == "static":
         platform.restrict(reserve_commit=False, arena_backend="static")
     worker = start_worker(config, platform, lambda _: kernels, open_model(config.model), lambda p: None)
@@ -126,7 +126,8 @@ def run(worker: DeviceWorker) -> list[list[int]]:
     """Nine requests of many lengths, greedy and sampled, some special, arriving in two waves."""
     layout = worker.ready.plan.split.layout
     table = SequenceTable(SEQS, LENGTH, layout)
-    limits = EngineLimits(max_num_seqs=SEQS, max_num_batched_tokens=TOKENS, max_model_len=LENGTH)
+    depth = worker.ready.warm.reserved.loaded.opened.settings.pipeline_depth
+    limits = EngineLimits(max_num_seqs=SEQS, max_num_batched_tokens=TOKENS, max_model_len=LENGTH, pipeline_depth=depth)
     core = EngineCore(Scheduler(limits, BlockManager(layout, worker.committed_blocks, table), table), worker, vocab_size=300)
     rng = np.random.default_rng(7)
     lengths = (3, 150, 17, 90, 1, 33, 64, 5, 40)
@@ -162,10 +163,14 @@ def eager(model: Path) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("arena", ["auto", "static"])
+@pytest.mark.parametrize(("arena", "async_tokens"), [("auto", False), ("auto", True), ("static", True)])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_gives_the_tokens_of_eager_steps(mode: GraphMode, arena: str, model: Path, eager: list[list[int]]) -> None:
-    worker, kernels = start(model, graph_mode=mode, arena=arena)
+def test_every_mode_gives_the_tokens_of_eager_steps(
+    mode: GraphMode, arena: str, async_tokens: bool, model: Path, eager: list[list[int]]
+) -> None:
+    """Also where two steps are in flight and the second one reads ids that the host does not know yet."""
+    worker, kernels = start(model, async_tokens, graph_mode=mode, arena=arena)
+    assert worker.ready.warm.reserved.loaded.opened.settings.pipeline_depth == 1 + async_tokens
     assert (worker.num_programs > 0) == (mode != "NONE")
     before = kernels.num_calls
     assert run(worker) == eager

@@ -15,6 +15,7 @@ from brim.config.schema import MAX_LOGPROBS
 from brim.engine.sampling_params import SamplingParams
 from brim.kernels.base import Kernels
 from brim.memory.step_memory import StepLimits
+from brim.platforms.fake import FakeDevice, FakePlatform
 from brim.worker.sampler import Sampler, SampleRows, SpecialRow
 from brim.worker.step_sizes import Sizes
 
@@ -35,7 +36,7 @@ def new_sampler(kernels: Kernels, num_seqs: int, rows: int | None = None) -> Sam
     """For num_seqs sequences of up to 64 tokens, with logits for `rows` of them at once."""
     logits = torch.zeros(min(rows or num_seqs, num_seqs), VOCAB)
     limits = StepLimits(num_seqs, max(64, num_seqs), 64)
-    return Sampler(kernels, Identity(), limits, logits, Sizes(()), lambda: None)  # type: ignore[arg-type]
+    return Sampler(kernels, Identity(), limits, logits, Sizes(()), FakePlatform(FakeDevice()).mark)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -222,10 +223,10 @@ def test_only_the_row_that_is_not_finite_fails(kernels: Kernels, poison: float) 
     rows = [Row(SamplingParams(temperature=t, logprobs=3), seed=i) for i, t in enumerate((0.0, 0.8, 0.8, 0.0))]
     sampler = new_sampler(kernels, 4)
     sampler.sample(clean, torch.arange(4), settings(rows))
-    expected = sampler.read_ids(4).tolist()
+    expected = sampler.start_read(4)().tolist()
     assert min(expected) >= 0
     sampler.sample(hidden, torch.arange(4), settings(rows))
-    assert sampler.read_ids(4).tolist() == [expected[0], expected[1], -1, expected[3]]
+    assert sampler.start_read(4)().tolist() == [expected[0], expected[1], -1, expected[3]]
 
 
 def test_bytes_are_known_before_building(kernels: Kernels) -> None:

@@ -21,6 +21,7 @@ from brim.kernels.triton.matmul import matmul_kernel
 from brim.kernels.triton.rope import rope_and_cache_kernel
 from brim.kernels.triton.sampling import chunk_best_kernel, chunk_sum_kernel, pick_kernel, threshold_kernel
 from brim.kernels.triton.scratch import KernelLimits, Scratch
+from brim.kernels.triton.tokens import remember_ids_kernel, resolve_ids_kernel
 from brim.kernels.triton.tuning import (
     ELEMENTWISE_BLOCK,
     ELEMENTWISE_WARPS,
@@ -28,6 +29,7 @@ from brim.kernels.triton.tuning import (
     SAMPLE_PART,
     SEARCH_BLOCK,
     SEARCH_WARPS,
+    TOKEN_BLOCK,
     next_power_of_2,
     norm_warps,
     rope_heads,
@@ -136,6 +138,15 @@ class TritonKernels(Kernels):
             gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, GELU=activation == "gelu_tanh",
             num_warps=ELEMENTWISE_WARPS,
         )  # fmt: skip
+
+    # tokens that the host does not know yet
+    def resolve_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
+        count = len(rows)
+        resolve_ids_kernel[(ceil_div(count, TOKEN_BLOCK),)](ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
+
+    def remember_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
+        count = len(rows)
+        remember_ids_kernel[(ceil_div(count, TOKEN_BLOCK),)](ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
 
     # attention
     def rope_and_cache(

@@ -78,3 +78,4 @@ SAMPLE_CHUNK = 4096  # ids one program reduces
 SAMPLE_PART = 256  # ids whose best value is kept, so that searches skip them together
 SEARCH_BLOCK = 4096
 SEARCH_WARPS = 16
+TOKEN_BLOCK = 128  # ids one program moves
