@@ -108,7 +108,7 @@ def test_preemption(fresh: LLM, expected: list[list[int]]) -> None:
 def test_steps_out_of_memory(fresh: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that fail for lack of memory, some after they ran, shrink the cache and are taken again."""
     core = fresh._core
-    plain, calls = core.executor.execute, [0]
+    plain, calls = core.executor.submit, [0]
 
     def failing(plan: StepPlan) -> Any:
         calls[0] += 1
@@ -119,7 +119,7 @@ def test_steps_out_of_memory(fresh: LLM, expected: list[list[int]], monkeypatch:
             raise OutOfDeviceMemory("pretended, afterwards")
         return result
 
-    monkeypatch.setattr(core.executor, "execute", failing)
+    monkeypatch.setattr(core.executor, "submit", failing)
     assert tokens(fresh) == expected
     assert core.stats()["num_out_of_memory"] >= 10 and core.stats()["num_kv_shrinks"] >= 1
     core.scheduler.check_integrity()
