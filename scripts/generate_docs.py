@@ -63,7 +63,16 @@ def documents() -> Iterator[tuple[Path, str]]:
         if path.exists():
             text = path.read_text(encoding="utf-8")
             yield path, BLOCK.sub(lambda found: block(found["command"]), text)
-    verbs = [[], ["run"], ["serve"], ["ps"], ["bench"], *(["bench", name] for name in subcommands("bench")), ["version"]]
+    verbs = [
+        [],
+        ["run"],
+        ["serve"],
+        ["ps"],
+        ["doctor"],
+        ["bench"],
+        *(["bench", name] for name in subcommands("bench")),
+        ["version"],
+    ]
     pages = [block(" ".join(["brim", *verb, "--help"])) for verb in verbs]
     yield CLI_PAGE, "# The command line\n\nGenerated from the code by `scripts/generate_docs.py`.\n\n" + "\n\n".join(pages) + "\n"
 
@@ -118,7 +127,7 @@ def is_error(kind: object) -> bool:
 
 def verbs() -> list[tuple[str, ...]]:
     """Every verb with flags of its own."""
-    return [("run",), ("serve",), ("ps",), *(("bench", name) for name in subcommands("bench"))]
+    return [("run",), ("serve",), ("ps",), ("doctor",), *(("bench", name) for name in subcommands("bench"))]
 
 
 def flags_of(verb: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-DeviceType = Literal["auto", "cpu", "cuda", "rocm", "xpu", "fake"]
+DeviceType = str  # auto, or a platform's name; third parties add names (`platforms.detect`)
 KernelChoice = Literal["auto", "torch", "native", "triton"]
 ArenaChoice = Literal["auto", "static"]
 GraphMode = Literal["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
