@@ -107,7 +107,8 @@ def _certify(config: BrimConfig, platform: Platform, worker: DeviceWorker) -> st
 def _describe(
     config: BrimConfig, platform: Platform, worker: DeviceWorker, selection: KernelSelection, ready_s: float
 ) -> dict[str, Any]:
-    settings = worker.ready.warm.reserved.loaded.opened.settings
+    opened = worker.ready.warm.reserved.loaded.opened
+    settings, kernels = opened.settings, opened.kernels
     plan, spec = worker.ready.plan, settings.spec
     return {
         "model": config.model.model,
@@ -115,9 +116,10 @@ def _describe(
         "num_parameters": spec.num_parameters,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "device": platform.describe(),
-        "kernels": selection.kernels.name,
+        "kernels": kernels.name,
         "kernels_reason": selection.fallback_reason,
-        "num_threads": getattr(selection.kernels, "num_threads", None),
+        "num_threads": getattr(kernels, "num_threads", None),
+        "compile": worker.ready.warm.compiling.text,
         "graph_mode": settings.graphs.mode,
         "graph_mode_reason": settings.graphs.reason,
         "decode_programs": worker.num_programs,
@@ -132,7 +134,7 @@ def _describe(
         "torch_device": str(platform.torch_device()),
         "embedding_only_bytes": 0
         if spec.tie_word_embeddings
-        else selection.kernels.linear_num_bytes(spec.vocab_size, spec.hidden_size, settings.dtype),
+        else kernels.linear_num_bytes(spec.vocab_size, spec.hidden_size, settings.dtype),
         "weight_bytes": worker.ready.warm.reserved.loaded.model.weight_bytes,
         "kv_bytes_per_token": plan.split.layout.token_bytes,
         "ready_s": round(ready_s, 3),

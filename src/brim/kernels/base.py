@@ -97,6 +97,7 @@ class Kernels(ABC):
     name: str
     can_record: bool = False  # calls can be stored and run again by the backend itself, see `record`
     can_capture: bool = False  # no call waits for the device or allocates: a device graph can hold them all
+    plain_weights: bool = False  # a LinearWeight is a row-major tensor, which other code may read
 
     @property
     def scratch_bytes(self) -> int:

@@ -46,6 +46,7 @@ class TorchKernels(Kernels):
     """Every kernel of the contract in plain torch on one device."""
 
     name = "torch"
+    plain_weights = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

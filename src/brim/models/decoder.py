@@ -46,7 +46,7 @@ class DecoderModel(Model):
         has_full = "full" in spec.layer_kinds
         self._layer_groups = [1 if kind == "sliding" and has_full else 0 for kind in spec.layer_kinds]
         self._query_width = spec.num_heads * spec.head_dim
-        self._segments = tuple(self._build_segments())
+        self._segments: tuple[Segment, ...] = tuple(self._build_segments())
 
     def _layer_ropes(self) -> list[RopeSpec]:
         spec = self.spec
@@ -88,10 +88,14 @@ class DecoderModel(Model):
         self._before_attention(0, step, hidden)
 
     def _before_attention(self, index: int, step: StepTensors, hidden: Tensor) -> None:
-        kernels, spec, layer = self._kernels, self.spec, self.weights.layers[index]
+        kernels, layer = self._kernels, self.weights.layers[index]
         qkv = step.buffers["qkv"][: hidden.shape[0]]
         kernels.linear(hidden, layer.qkv, qkv, layer.qkv_bias)
-        kernels.rope_and_cache(
+        self._rope_and_cache(index, step, qkv)
+
+    def _rope_and_cache(self, index: int, step: StepTensors, qkv: Tensor) -> None:
+        spec, layer = self.spec, self.weights.layers[index]
+        self._kernels.rope_and_cache(
             qkv,
             step.positions,
             self._layer_tables[index],

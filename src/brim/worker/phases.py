@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from brim.memory.workspace import WorkspacePlan, plan_workspace
 from brim.models.base import Model
 from brim.platforms.base import Platform
 from brim.units import format_bytes
+from brim.worker.compile_choice import CompileChoice, compile_model
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
 from brim.worker.probes import warm_steps, worst_steps
@@ -56,6 +57,7 @@ class StartSettings:
     graphs: GraphChoice
     sizes: StepSizes
     pipeline_depth: int = 1
+    compiling: CompileChoice = field(default_factory=CompileChoice)
 
     @property
     def limits(self) -> StepLimits:
@@ -117,6 +119,7 @@ class WarmWorker:
     sampler: Sampler
     workspace: Tensor
     workspace_plan: WorkspacePlan
+    compiling: CompileChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +185,8 @@ def reserve(loaded: LoadedModel) -> ReservedWorker:
     opened = loaded.opened
     settings = opened.settings
     with opened.phase("reserve", "reserving addresses for the KV cache", "context", "page tables and views") as scope:
-        if opened.platform.capabilities.reserve_commit:
-            cache = _new_cache(opened, settings.plan.max_blocks)
-            cache.resize(settings.plan.min_blocks)
-        else:
-            cache = _new_cache(opened, settings.plan.min_blocks)
+        fewest = settings.plan.min_blocks
+        cache = _new_cache(opened, settings.plan.max_blocks if opened.platform.capabilities.reserve_commit else fewest, fewest)
         scope.add("kv_cache", "KV cache", cache.committed_bytes)
     return ReservedWorker(loaded, cache)
 
@@ -208,11 +208,14 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         scope.add("buffers", "step inputs", inputs.num_bytes)
         scope.add("buffers", "sampler", sampler.num_bytes)
         scope.add("workspace", "step workspace", plan.num_bytes)
+        compiling = compile_model(settings.compiling, opened.platform, model, runner, limits.max_num_tokens)
         blocks = reserved.cache.committed_blocks
         for arrays, rows in warm_steps(limits, settings.layout.block_size, blocks, settings.spec):
             runner.probe(arrays, rows)
         runner.warm_sizes()
-    return WarmWorker(reserved, runner, inputs, sampler, workspace, plan)
+        if settings.compiling.compiler is not None:  # what compiling took goes; what steps take, the worst ones take again
+            opened.platform.release_unused()
+    return WarmWorker(reserved, runner, inputs, sampler, workspace, plan, compiling)
 
 
 def measure(worker: WarmWorker) -> MeasuredWorker:
@@ -318,7 +321,7 @@ def _hold(worker: WarmWorker, blocks: Sequence[int]) -> None:
     if worker.reserved.loaded.opened.platform.capabilities.reserve_commit:
         worker.reserved.cache.resize(blocks)
     elif tuple(blocks) != worker.reserved.cache.committed_blocks:
-        worker.reserved.cache.rebuild(blocks)
+        worker.reserved.cache.rebuild(blocks, blocks)
         _record(worker)
 
 
@@ -331,11 +334,12 @@ def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice, phase: str) -> No
     opened.platform.synchronize()
 
 
-def _new_cache(opened: OpenedDevice, blocks: Sequence[int]) -> KVCache:
+def _new_cache(opened: OpenedDevice, reach: Sequence[int], committed: Sequence[int]) -> KVCache:
     layout, dtype = opened.settings.layout, opened.settings.dtype
     return KVCache(
         layout,
-        blocks,
+        reach,
+        committed,
         lambda counts: new_arenas(opened.platform, layout, counts),
         lambda arena, of, group: group_views(arena, of, group, dtype),
     )

@@ -57,11 +57,15 @@ class ModelRunner:
         """Give back what was captured."""
         self._programs.clear()
 
+    def dense_step(self, num_tokens: int) -> StepTensors:
+        """What the dense segments of a step of so many tokens read and write; whatever the buffers hold."""
+        return self._step_tensors(num_tokens, self._inputs.batches(StepShape(num_tokens, 1, 1, 1)))
+
     def warm_sizes(self) -> None:
         """Run every product of a step in every size it can have: those of one layer, and the logits."""
         dense = [segment for segment in self._model.segments if not segment.is_attention]
         for num_tokens in self._sizes.tokens.values:
-            step = self._step_tensors(num_tokens, self._inputs.batches(StepShape(num_tokens, 1, 1, 1)))
+            step = self.dense_step(num_tokens)
             for segment in dense[:2]:
                 segment.run(step)
         for rows in self._sizes.rows.values:

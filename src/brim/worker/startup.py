@@ -4,6 +4,7 @@ footprint before KV is made of; the arithmetic is `memory`'s and each phase is `
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from brim.config.schema import BrimConfig, GraphMode, MemoryRequest
 from brim.engine.messages import StartupProgress
 from brim.errors import ConfigError
 from brim.kernels.base import Kernels
+from brim.kernels.compiler import Backend
 from brim.layers.weights import weights_num_bytes
 from brim.memory.footprint import Footprint, fixed_lines
 from brim.memory.kv_layout import KVLayout
@@ -26,6 +28,7 @@ from brim.models.decoder import DecoderModel
 from brim.models.loader import CHUNK_BYTES, fill_dummy, load_weights
 from brim.platforms.base import Platform, PlatformDefaults
 from brim.units import MIB, ceil_div
+from brim.worker.compile_choice import choose_compile
 from brim.worker.device_worker import DeviceWorker, foreign_errors
 from brim.worker.graph_choice import choose_graph_mode
 from brim.worker.phases import (
@@ -59,27 +62,28 @@ def start_worker(
     make_kernels: Callable[[int], Kernels],
     source: ModelSource,
     on_progress: Callable[[StartupProgress], None],
+    compile_backend: Backend = "inductor",
 ) -> DeviceWorker:
     """Plan, then open -> load -> reserve -> warm -> measure -> capture -> commit -> prove.
 
-    make_kernels takes the most sequences of a step.
+    make_kernels takes the most sequences of a step. compile_backend: what torch.compile is to use where --compile is given.
     Raises MemoryBudgetError with ledger and nearest settings before anything large is read, where the plan does not fit.
     """
     profiler = Profiler(platform)
-    before_bytes = platform.reading().ours_bytes
+    before_bytes, model_device = platform.reading().ours_bytes, platform.torch_device()
     on_progress(StartupProgress("open", "reading the device"))
     with platform.stream(), profiler.phase("open", "context", "kernels and their scratch"):
-        kernels = make_kernels(_step_sizes(config, platform.default_limits())[0])
-        settings = plan_start(config, platform, kernels, source)
+        compiling = choose_compile(config.device, model_device, compile_backend)
+        kernels = compiling.kernels(make_kernels(_step_sizes(config, platform.default_limits())[0]), model_device)
+        settings = replace(plan_start(config, platform, kernels, source), compiling=compiling)
         platform.set_cap(settings.plan.ceiling_bytes)
     opened = OpenedDevice(platform, kernels, settings, profiler, on_progress)
-    model_device = platform.torch_device()
 
     def load_model() -> DecoderModel:
         def progress(text: str, fraction: float | None) -> None:
             on_progress(StartupProgress("load", text, fraction))
 
-        model = DecoderModel(source.spec, kernels, settings.dtype, settings.limits.max_model_len, model_device)
+        model = compiling.model_class(source.spec, kernels, settings.dtype, settings.limits.max_model_len, model_device)
         if source.weights is None:
             fill_dummy(model, progress, config.model.seed)
         else:

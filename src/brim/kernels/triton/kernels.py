@@ -48,6 +48,7 @@ class TritonKernels(Kernels):
 
     name = "triton"
     can_capture = True
+    plain_weights = True
 
     def __init__(self, device: torch.device | str, limits: KernelLimits) -> None:
         self.device = torch.device(device)
