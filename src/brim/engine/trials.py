@@ -167,7 +167,7 @@ class _Trials:
         if not self.open_steps:
             self.stopped = ""
         elif len(self.done) == done_before:
-            self.stopped = f"The process could not begin: {death}"
+            self.stopped = f"The process could not begin: {death}."
 
 
 class _Child:
@@ -215,7 +215,7 @@ class _Child:
         else:
             how = f"ended with exit code {code}"
         words = self._last_words()
-        return f"the process {how}{': ' + words if words else ''}"
+        return f"the process {how}{': ' + words if words else ''}".rstrip(".")
 
     def _last_words(self) -> str:
         size = self._stderr.seek(0, os.SEEK_END)
