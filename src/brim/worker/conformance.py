@@ -196,7 +196,8 @@ class ConformanceChild:
             reserve = {"reserve_bytes": defaults.reserve_bytes if given is None else given, "default_memory": defaults.memory}
             return asdict(platform.reading()) | reserve | {"caps": preview_caps(config, platform)}
         if name == "start":
-            return preview_start(config, platform, has_model=self._has_model)
+            with platform.stream():
+                return preview_start(config, platform, has_model=self._has_model)
         result = asdict(run_check(next(check for check in CHECKS if check.name == name), bench))
         if result["outcome"] == "failed" and not is_usable(bench):
             raise ChildEnds(result)
