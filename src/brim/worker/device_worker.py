@@ -35,7 +35,8 @@ class DeviceWorker(Executor):
     def __init__(self, ready: ReadyWorker, ledger: Ledger) -> None:
         warm = ready.warm
         opened = warm.reserved.loaded.opened
-        self.ready = ready
+        self._ready: ReadyWorker | None = ready
+        self._plan = ready.plan
         self.ledger = ledger
         self._reserve_bytes = ready.plan.budget.reserve_bytes
         self._platform = opened.platform
@@ -43,7 +44,12 @@ class DeviceWorker(Executor):
         self._kernels = opened.kernels
         self._cache = warm.reserved.cache
         self._runner = warm.runner
-        self._closed = False
+
+    @property
+    def ready(self) -> ReadyWorker:
+        """What start-up built; gone after close."""
+        assert self._ready is not None, "the worker is closed"
+        return self._ready
 
     @property
     def committed_blocks(self) -> tuple[int, ...]:
@@ -93,20 +99,23 @@ class DeviceWorker(Executor):
 
     def memory_report(self) -> dict[str, Any]:
         """The account after prove with its phases, and what is held now."""
-        report = report_json(self.ready.plan, self.ledger, self._profiler.records)
+        report = report_json(self._plan, self.ledger, self._profiler.records)
         report["resident_bytes"] = self._platform.reading().ours_bytes
         report["peak_bytes"] = self._platform.peak_ours_bytes()
         return report
 
     def startup_report(self) -> str:
         """Phases, ledger and KV size as plain text of 80 columns."""
-        return format_start(self.ready.plan, self.ledger, self._profiler.records)
+        return format_start(self._plan, self.ledger, self._profiler.records)
 
     def close(self) -> None:
-        """Give KV memory, threads and scratch back."""
-        if not self._closed:
-            self._closed = True
-            self._platform.synchronize()
-            self._runner.forget_programs()
-            self._cache.close()
-            self._kernels.close()
+        """Give everything back: graphs, KV memory, threads, scratch, weights."""
+        if self._ready is None:
+            return
+        self._platform.synchronize()
+        self._runner.forget_programs()
+        self._cache.close()
+        self._kernels.close()
+        self._ready = None
+        del self._cache, self._runner, self._kernels
+        self._platform.release_unused()

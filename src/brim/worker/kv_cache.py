@@ -13,13 +13,15 @@ from brim.memory.kv_layout import KVGroup, KVLayout
 class KVCache:
     """Arenas in group order. Only the committed prefix of a layer view may be touched.
 
-    make_arenas builds one arena a group for that many blocks; make_views one view a layer of the group over its arena.
+    make_arenas builds one arena a group for `reach` blocks; make_views one view a layer of the group over its arena, of which
+    some is committed by then: a device may refuse a view that begins at an address without memory.
     """
 
     def __init__(
         self,
         layout: KVLayout,
-        blocks: Sequence[int],
+        reach: Sequence[int],
+        committed: Sequence[int],
         make_arenas: Callable[[Sequence[int]], list[Arena]],
         make_views: Callable[[Arena, KVLayout, KVGroup], list[Tensor]],
     ) -> None:
@@ -28,12 +30,13 @@ class KVCache:
         self._make_arenas = make_arenas
         self._make_views = make_views
         self._arenas: list[Arena] = []
-        self.rebuild(blocks)
+        self.rebuild(reach, committed)
 
-    def rebuild(self, blocks: Sequence[int]) -> None:
-        """Give everything back and build anew for `blocks`: addresses change, so whatever was recorded over them is void."""
+    def rebuild(self, reach: Sequence[int], committed: Sequence[int]) -> None:
+        """Give everything back and build anew: addresses change, so whatever was recorded over them is void."""
         self.close()
-        self._arenas = self._make_arenas(blocks)
+        self._arenas = self._make_arenas(reach)
+        self.resize(committed)
         views: dict[int, Tensor] = {}
         for arena, group in zip(self._arenas, self.layout.groups, strict=True):
             views.update(zip(group.layers, self._make_views(arena, self.layout, group), strict=True))
