@@ -118,4 +118,5 @@ class DeviceWorker(Executor):
         self._kernels.close()
         self._ready = None
         del self._cache, self._runner, self._kernels
-        self._platform.release_unused()
+        if not self._platform.capabilities.host_memory:  # there it would also freeze what the caller still holds
+            self._platform.release_unused()
