@@ -76,6 +76,9 @@ class Model(ABC):
     def buffer_shapes(self) -> Iterable[BufferShape]:
         """Temporaries of forward(); the result lives in the buffer named "hidden" (alive to the last stage)."""
 
+    def close(self) -> None:  # noqa: B027  (nothing to forget is a fine default)
+        """The model runs no more; its memory goes with the last reference to it."""
+
     @property
     @abstractmethod
     def segments(self) -> Sequence[Segment]:

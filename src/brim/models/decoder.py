@@ -73,6 +73,10 @@ class DecoderModel(Model):
         """Dense work up to the first attention call, that call, dense work up to the next one, and so on."""
         return self._segments
 
+    def close(self) -> None:
+        """Forget the segments: they hold this model, and memory in a cycle is given back late or never."""
+        self._segments = ()
+
     def _build_segments(self) -> Iterator[Segment]:
         yield Segment(self._begin, False)
         for index in range(self.spec.num_layers):

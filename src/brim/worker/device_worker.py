@@ -116,6 +116,7 @@ class DeviceWorker(Executor):
         self._runner.forget_programs()
         self._cache.close()
         self._kernels.close()
+        self._ready.warm.reserved.loaded.model.close()
         self._ready = None
         del self._cache, self._runner, self._kernels
         if not self._platform.capabilities.host_memory:  # there it would also freeze what the caller still holds
