@@ -69,9 +69,12 @@ class DenseCompiler:
 
 
 def compile_reason(error: BaseException) -> str:
-    """What went wrong in one line: the first one, and the compiler's own words are long."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300] if not isinstance(error, CompileFailed) else str(error)
+    """What went wrong in one line: the first that says so, for a compiler's own words are long."""
+    if isinstance(error, CompileFailed):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if not line.endswith("raised:")), "")
+    return (said if len(lines) > 1 and said != lines[0] else f"{type(error).__name__}: {said}")[:300]
 
 
 def ensure_compiling() -> None:

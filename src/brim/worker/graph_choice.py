@@ -49,7 +49,8 @@ class GraphChoice:
 def choose_graph_mode(device: DeviceConfig, available: Sequence[GraphMode], why_not_more: str) -> GraphChoice:
     """The mode for these settings where `available` work (NONE always does). why_not_more: said where a mode is missing.
 
-    Raises ConfigError where --enforce-eager and another mode are both asked for.
+    Raises ConfigError where --enforce-eager and another mode are both asked for; with --strict, where the mode asked for is
+    missing.
     """
     asked = device.graph_mode
     if device.enforce_eager:
@@ -61,6 +62,8 @@ def choose_graph_mode(device: DeviceConfig, available: Sequence[GraphMode], why_
         return GraphChoice(mode, f"The richest that works here. {why_not_more}".strip())
     if asked in available or asked == "NONE":
         return GraphChoice(asked, "As asked.")
+    if device.strict:
+        raise ConfigError(f"--strict refuses to do without --graph-mode {asked}: {why_not_more or 'it does not work here.'}")
     mode = _first(_NEXT_BEST[asked], available)
     return GraphChoice(mode, f"{asked} was asked for, but {why_not_more or 'it does not work here.'}")
 

@@ -217,6 +217,12 @@ def test_the_mode_follows_what_works(asked: GraphMode | None, available: tuple[G
     assert asked in (None, expected) or "the reason." in choice.reason
 
 
+def test_strict_refuses_a_mode_that_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r"the reason\."):
+        choose_graph_mode(DeviceConfig(graph_mode="FULL", strict=True), ("NONE",), "the reason.")
+    assert choose_graph_mode(DeviceConfig(strict=True), ("NONE",), "the reason.").mode == "NONE"
+
+
 def test_eager_wins_and_contradictions_are_refused() -> None:
     assert choose_graph_mode(DeviceConfig(enforce_eager=True), MODES, "").mode == "NONE"
     with pytest.raises(ConfigError, match="contradict"):
