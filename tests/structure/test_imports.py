@@ -45,6 +45,8 @@ FACTORIES: dict[str, str] = {
     "formats.model_files:_download_file": "the hub's client is slow to import and needed for hub ids only",
     "kernels.select:select_kernels": "the native kernels are built only where they are wanted",
     "kernels.select:_triton": "Triton is installed only where there is an accelerator",
+    "platforms.cuda:open_cuda": "the vendor's libraries are installed only where there is such a device",
+    "platforms.detect:_cuda": "torch and the vendor's libraries are loaded only where the device is asked for",
     "platforms.base:Platform.torch_device": "a platform is asked for figures where torch is not loaded",
     "platforms.base:Platform.memory_view": "a platform is asked for figures where torch is not loaded",
     "platforms.base:Platform.as_brim_error": "a platform is asked for figures where torch is not loaded",

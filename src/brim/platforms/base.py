@@ -158,6 +158,16 @@ class Platform(ABC):
 
         return torch.frombuffer((ctypes.c_ubyte * num_bytes).from_address(address), dtype=torch.uint8)
 
+    def plain_memory(self, num_bytes: int) -> tuple[int, Any] | None:
+        """Zeroed device memory from the framework's allocator: its address, and what keeps it. None: allocate host memory.
+
+        Raises OutOfDeviceMemory."""
+        return None
+
+    def virtual_memory(self) -> Any:
+        """The driver's calls that the platform's arena backend takes; only where that backend needs them."""
+        raise DeviceError(f"Platform '{self.name}' has no virtual memory calls.")
+
     def as_brim_error(self, error: BaseException) -> BrimError | None:
         """What a foreign error raised by device work means: out of memory, a lost device, or None where it is neither."""
         import torch

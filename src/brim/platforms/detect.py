@@ -23,6 +23,12 @@ def _fake() -> Platform:
     return FakePlatform(FakeDevice())
 
 
+def _cuda() -> Platform:
+    from brim.platforms.cuda import open_cuda  # optional part: torch, and the vendor's libraries
+
+    return open_cuda()
+
+
 def _load(point: EntryPoint) -> Platform:
     platform = point.load()()
     if not isinstance(platform, Platform):
@@ -30,7 +36,7 @@ def _load(point: EntryPoint) -> Platform:
     return platform
 
 
-BUILT_IN: Mapping[str, Factory] = {"cpu": CpuPlatform, "fake": _fake}
+BUILT_IN: Mapping[str, Factory] = {"cpu": CpuPlatform, "cuda": _cuda, "fake": _fake}
 # Tried in this order for "auto"; accelerators of third parties come before all of them, the fake is never chosen.
 PREFERENCE = ("cuda", "rocm", "xpu", "cpu")
 

@@ -52,11 +52,14 @@ class KVCache:
         """Bytes backed by memory, page or handle rounding included."""
         return sum(arena.committed_bytes for arena in self._arenas)
 
-    def resize(self, blocks: Sequence[int]) -> tuple[int, ...]:
-        """Back exactly blocks[g] blocks of each group, shrinking before growing; OutOfDeviceMemory leaves what was reached."""
+    def resize(self, blocks: Sequence[int], *, keep_content: bool = True) -> tuple[int, ...]:
+        """Back blocks[g] blocks of each group, shrinking before growing (see Arena.resize); returns what is backed now.
+
+        OutOfDeviceMemory leaves what was reached.
+        """
         pairs = sorted(zip(self._arenas, blocks, strict=True), key=lambda p: p[1] - p[0].committed_blocks)
         for arena, count in pairs:
-            arena.resize(count)
+            arena.resize(count, keep_content=keep_content)
         return self.committed_blocks
 
     def copy_block(self, group: int, source: int, target: int) -> None:

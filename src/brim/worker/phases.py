@@ -319,7 +319,7 @@ def _record(worker: WarmWorker) -> None:
 def _hold(worker: WarmWorker, blocks: Sequence[int]) -> None:
     """Make the cache exactly this large; without reserve/commit that means built anew, and programs recorded again."""
     if worker.reserved.loaded.opened.platform.capabilities.reserve_commit:
-        worker.reserved.cache.resize(blocks)
+        worker.reserved.cache.resize(blocks, keep_content=False)
     elif tuple(blocks) != worker.reserved.cache.committed_blocks:
         worker.reserved.cache.rebuild(blocks, blocks)
         _record(worker)
@@ -341,7 +341,7 @@ def _new_cache(opened: OpenedDevice, reach: Sequence[int], committed: Sequence[i
         reach,
         committed,
         lambda counts: new_arenas(opened.platform, layout, counts),
-        lambda arena, of, group: group_views(arena, of, group, dtype),
+        lambda arena, of, group: group_views(arena, of, group, dtype, opened.platform.memory_view),
     )
 
 

@@ -83,10 +83,11 @@ def _decode(
         block_tables=_tables(num_seqs, width, blocks),
         sample_indices=np.arange(num_seqs, dtype=np.int32),
     )
-    return arrays, _rows(num_seqs, vocab_size, special=True)
+    return arrays, _rows(num_seqs, vocab_size, special=True, num_known=min(32, limits.max_model_len // 2))
 
 
-def _rows(num_rows: int, vocab_size: int, special: bool) -> SampleRows:
+def _rows(num_rows: int, vocab_size: int, special: bool, num_known: int = 0) -> SampleRows:
+    """num_known: tokens of the prompt, and of the output, that penalties look at."""
     params = SamplingParams(
         temperature=0.8,
         top_k=50,
@@ -99,7 +100,7 @@ def _rows(num_rows: int, vocab_size: int, special: bool) -> SampleRows:
         logprobs=MAX_LOGPROBS,
         max_tokens=None,
     )
-    history = np.arange(min(64, vocab_size), dtype=np.int64)
+    history = np.arange(num_known, dtype=np.int64) % vocab_size
     return SampleRows(
         temperature=np.full(num_rows, params.temperature, dtype=np.float32),
         top_k=np.full(num_rows, params.top_k, dtype=np.int32),

@@ -243,7 +243,7 @@ def test_views_stride_over_the_block(group_index: int) -> None:
     group = LAYOUT.groups[group_index]
     arena = MmapArena(group.block_bytes, 10)
     arena.resize(6)
-    views = group_views(arena, LAYOUT, group, torch.float32)
+    views = group_views(arena, LAYOUT, group, torch.float32, CpuPlatform().memory_view)
     assert len(views) == len(group.layers)
     for view in views:
         assert view.shape == (10, 2, 4, 1, 8)
@@ -264,7 +264,7 @@ def test_views_stride_over_the_block(group_index: int) -> None:
 def test_views_do_not_touch_the_reserved_range() -> None:
     group = LAYOUT.groups[0]
     arena = MmapArena(group.block_bytes, 1 << 22)
-    views = group_views(arena, LAYOUT, group, torch.float32)
+    views = group_views(arena, LAYOUT, group, torch.float32, CpuPlatform().memory_view)
     assert views[1].data_ptr() == arena.address + group.block_bytes // 2
     assert resident_bytes(arena.address, arena.reserved_bytes) == 0
     del views

@@ -105,3 +105,10 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(start: Start) -> N
         start(memory=str(room))
     assert caught.value.nearest and caught.value.ledger is not None
     assert caught.value.ledger.bytes_of("weights") > 0
+
+
+def test_a_very_short_context_starts(start: Start) -> None:
+    """The fabricated steps have no more history than a request can have."""
+    worker = start(max_model_len=16)
+    assert worker.ready.plan.limits.max_model_len == 16
+    worker.close()

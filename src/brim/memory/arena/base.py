@@ -69,16 +69,20 @@ class Arena(ABC):
 
     def commit(self, num_blocks: int) -> None:
         """Grow to at least num_blocks. Raises OutOfDeviceMemory and changes nothing where memory is not there."""
-        if num_blocks > self._committed_blocks:
+        if num_blocks > self.committed_blocks:
             self.resize(num_blocks)
 
     def uncommit(self, num_blocks: int) -> None:
         """Shrink to at most num_blocks."""
-        if num_blocks < self._committed_blocks:
+        if num_blocks < self.committed_blocks:
             self.resize(num_blocks)
 
-    def resize(self, num_blocks: int) -> None:
-        """Back exactly the first num_blocks blocks. Raises OutOfDeviceMemory and keeps the old size where it cannot grow."""
+    def resize(self, num_blocks: int, *, keep_content: bool = True) -> None:
+        """Back the first num_blocks blocks. Raises OutOfDeviceMemory and keeps the old size where it cannot grow.
+
+        Where memory comes in large units a smaller size may keep more than was asked for, so that no content is lost;
+        committed_blocks says what. With keep_content False the size is exact and content may be lost.
+        """
         assert not self._closed, "a closed arena cannot be resized"
         assert 0 <= num_blocks <= self.max_blocks, f"{num_blocks} of {self.max_blocks} blocks"
         old_bytes, new_bytes = self.committed_bytes, self.bytes_for(num_blocks)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 
 from brim.errors import ConfigError
 from brim.memory.arena.base import Arena
+from brim.memory.arena.cuda_arena import CudaArena
 from brim.memory.arena.mmap_arena import HUGE_PAGE_BYTES, MmapArena
-from brim.memory.arena.static_arena import StaticArena
+from brim.memory.arena.static_arena import Allocation, StaticArena, allocate_host
 from brim.memory.kv_layout import KVLayout
 from brim.platforms.base import Platform
 
@@ -30,12 +32,21 @@ def new_arena(platform: Platform, block_bytes: int, max_blocks: int) -> Arena:
             huge_pages=platform.capabilities.host_memory and granularity_bytes % HUGE_PAGE_BYTES == 0,
         )
     if backend == "static":
-        return StaticArena(block_bytes, max_blocks, account=platform.account)
+        return StaticArena(block_bytes, max_blocks, allocate=partial(_allocate, platform), account=platform.account)
+    if backend == "cuda":
+        granularity_bytes = platform.capabilities.granularity_bytes
+        driver = platform.virtual_memory()
+        return CudaArena(block_bytes, max_blocks, driver=driver, granularity_bytes=granularity_bytes, account=platform.account)
     module, colon, name = backend.partition(":")
     if not colon:
         raise ConfigError(f"Platform '{platform.name}' names an unknown arena backend '{backend}'.")
     arena: Arena = getattr(importlib.import_module(module), name)(block_bytes, max_blocks, platform=platform)
     return arena
+
+
+def _allocate(platform: Platform, num_bytes: int) -> Allocation:
+    plain = platform.plain_memory(num_bytes)
+    return allocate_host(num_bytes) if plain is None else Allocation(*plain)
 
 
 def new_arenas(platform: Platform, layout: KVLayout, max_blocks: Sequence[int]) -> list[Arena]:

@@ -68,7 +68,7 @@ class StaticArena(Arena):
         """The whole allocation, whatever part of it is in use."""
         return 0 if self.closed else self.reserved_bytes
 
-    def resize(self, num_blocks: int) -> None:
+    def resize(self, num_blocks: int, *, keep_content: bool = True) -> None:
         """Move the line of usable blocks; the memory stays."""
         assert not self.closed, "a closed arena cannot be resized"
         assert 0 <= num_blocks <= self.max_blocks, f"{num_blocks} of {self.max_blocks} blocks"

@@ -1,0 +1,84 @@
+"""The few calls of the CUDA driver that torch does not offer: virtual memory, and device attributes. Owns their errors.
+
+Source: CUDA driver API reference, "Virtual Memory Management" (cuMemAddressReserve, cuMemCreate, cuMemMap, cuMemSetAccess).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from brim.errors import DeviceError, OutOfDeviceMemory
+from brim.units import format_bytes
+
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+class CudaDriver:
+    """Virtual memory of one device over `bindings` (cuda.bindings.driver, or a scripted stand-in)."""
+
+    def __init__(self, device_index: int, bindings: Any) -> None:
+        self._bindings = bindings
+        self._index = device_index
+        self._allocation = bindings.CUmemAllocationProp()
+        self._allocation.type = bindings.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._allocation.location.type = bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._allocation.location.id = device_index
+        self._access = bindings.CUmemAccessDesc()
+        self._access.location = self._allocation.location
+        self._access.flags = bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        code, *results = getattr(self._bindings, name)(*arguments)
+        if int(code) == _OUT_OF_MEMORY:
+            raise OutOfDeviceMemory(f"The driver has no memory for {name}.")
+        if int(code):
+            raise DeviceError(f"The driver refused {name}: {code}.")
+        return results[0] if len(results) == 1 else None if not results else tuple(results)
+
+    def attribute(self, name: str) -> int:
+        """A device attribute by the driver's own name (CU_DEVICE_ATTRIBUTE_...)."""
+        key = getattr(self._bindings.CUdevice_attribute, name)
+        return int(self._call("cuDeviceGetAttribute", key, self._call("cuDeviceGet", self._index)))
+
+    def granularity_bytes(self) -> int:
+        """Handles are whole multiples of this."""
+        flag = self._bindings.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        return int(self._call("cuMemGetAllocationGranularity", self._allocation, flag))
+
+    def reserve(self, num_bytes: int) -> int:
+        """An address range without memory."""
+        return int(self._call("cuMemAddressReserve", num_bytes, 0, 0, 0))
+
+    def free_range(self, address: int, num_bytes: int) -> None:
+        """Give the addresses back."""
+        self._call("cuMemAddressFree", address, num_bytes)
+
+    def create(self, num_bytes: int) -> Any:
+        """Memory without an address. Raises OutOfDeviceMemory."""
+        try:
+            return self._call("cuMemCreate", num_bytes, self._allocation, 0)
+        except OutOfDeviceMemory as error:
+            raise OutOfDeviceMemory(
+                f"{format_bytes(num_bytes)} of KV cache are not to be had on the device; lower --memory, or end other processes."
+            ) from error
+
+    def release(self, handle: Any) -> None:
+        """Give created memory back; it goes once it is unmapped too."""
+        self._call("cuMemRelease", handle)
+
+    def map(self, address: int, num_bytes: int, handle: Any) -> None:
+        """Back the addresses with the whole of a handle, readable and writable."""
+        self._call("cuMemMap", address, num_bytes, 0, handle, 0)
+        try:
+            self._call("cuMemSetAccess", address, num_bytes, [self._access], 1)
+        except BaseException:
+            self._call("cuMemUnmap", address, num_bytes)
+            raise
+
+    def unmap(self, address: int, num_bytes: int) -> None:
+        """Take the memory of one whole handle from its addresses."""
+        self._call("cuMemUnmap", address, num_bytes)
+
+    def synchronize(self) -> None:
+        """Wait for all work of the context: what is unmapped must not be in use."""
+        self._call("cuCtxSynchronize")
