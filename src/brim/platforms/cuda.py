@@ -145,7 +145,8 @@ class CudaPlatform(Platform):
         )
 
     def _own_account(self, free_bytes: int) -> int:
-        known_bytes = self._context_bytes + self._runtime.memory_reserved(self._index) + self.arena_bytes
+        arena_bytes = self.arena_bytes if self.capabilities.reserve_commit else 0  # static ones are the allocator's
+        known_bytes = self._context_bytes + self._runtime.memory_reserved(self._index) + arena_bytes
         return int(max(known_bytes, self._context_bytes + self._free_at_open_bytes - free_bytes))
 
     def _host_available(self) -> int:
@@ -176,9 +177,9 @@ class CudaPlatform(Platform):
         self._limit_allocator()
 
     def account(self, delta_bytes: int) -> None:
-        """An arena takes or gives; what the allocator may hold moves the other way."""
+        """An arena takes or gives; what the allocator may hold moves the other way, where it is not the source."""
         super().account(delta_bytes)
-        if self.cap_bytes is not None:
+        if self.cap_bytes is not None and self.capabilities.reserve_commit:
             self._limit_allocator(delta_bytes if delta_bytes > 0 else 0)
 
     def _limit_allocator(self, about_to_take_bytes: int = 0) -> None:
