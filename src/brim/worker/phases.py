@@ -321,6 +321,11 @@ def _hold(worker: WarmWorker, blocks: Sequence[int]) -> None:
     if worker.reserved.loaded.opened.platform.capabilities.reserve_commit:
         worker.reserved.cache.resize(blocks, keep_content=False)
     elif tuple(blocks) != worker.reserved.cache.committed_blocks:
+        platform = worker.reserved.loaded.opened.platform
+        worker.runner.forget_programs()
+        worker.reserved.cache.close()
+        platform.synchronize()
+        platform.release_unused()
         worker.reserved.cache.rebuild(blocks, blocks)
         _record(worker)
 
