@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from brim.kernels.rehearsal import Rehearsal
+
 Activation = Literal["silu", "gelu_tanh"]
 
 
@@ -107,6 +109,10 @@ class Kernels(ABC):
     def record(self) -> AbstractContextManager[RecordedProgram]:
         """Store the calls made inside instead of running them; only where `can_record`."""
         raise NotImplementedError(f"{self.name} kernels do not record")
+
+    def rehearsal(self) -> Rehearsal | None:
+        """The same kernels where nothing runs, to find out what they would compile; None where they compile nothing."""
+        return None
 
     def close(self) -> None:  # noqa: B027  (nothing to give back is a fine default)
         """Give threads and scratch memory back."""

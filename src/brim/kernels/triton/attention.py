@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brim.kernels.base import AttentionBatch
 from brim.kernels.triton.decode_attention import decode_attention_kernel
+from brim.kernels.triton.launch import Launch, launch_now
 from brim.kernels.triton.prefill_attention import prefill_attention_kernel
 from brim.kernels.triton.scratch import KernelLimits, Scratch
 from brim.kernels.triton.tiles import LOG2_E
@@ -24,6 +25,7 @@ class AttentionLauncher:
     limits: KernelLimits
     scratch: Scratch
     num_parts: int
+    start: Launch = launch_now
 
     def launch(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
         """Decode attention where a sequence may have one new token, prefill attention where one may have more."""
@@ -56,12 +58,13 @@ class AttentionLauncher:
         group_pad = next_power_of_2(group)
         together = max(1, min(next_power_of_2(num_parts), _COMBINE_ELEMENTS // (group_pad * width)))
         scratch = self.scratch
-        decode_attention_kernel[(num_parts * kv_heads,)](
-            q, cache, out, batch.block_tables, batch.query_start, batch.seq_lens, scratch.sums, scratch.stats, scratch.arrivals,
-            *_factors(scale, softcap), batch.num_seqs, q.stride(0), out.stride(0), batch.block_tables.stride(0),
-            *cache.stride()[:4], PARTS=num_parts, SEQS_PAD=self._seqs_pad, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=group_pad,
-            D=head_dim, D_PAD=width, ROWS=tile.rows, KEYS=tile.keys, TOGETHER=together, BLOCK_SIZE=batch.block_size,
-            WINDOW=batch.window, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+        self.start(
+            decode_attention_kernel, (num_parts * kv_heads,), q, cache, out, batch.block_tables, batch.query_start,
+            batch.seq_lens, scratch.sums, scratch.stats, scratch.arrivals, *_factors(scale, softcap), batch.num_seqs,
+            q.stride(0), out.stride(0), batch.block_tables.stride(0), *cache.stride()[:4], PARTS=num_parts,
+            SEQS_PAD=self._seqs_pad, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=group_pad, D=head_dim, D_PAD=width,
+            ROWS=tile.rows, KEYS=tile.keys, TOGETHER=together, BLOCK_SIZE=batch.block_size, WINDOW=batch.window,
+            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def launch_prefill(
@@ -81,12 +84,12 @@ class AttentionLauncher:
         group = q.shape[1] // (kv_heads * head_dim)
         queries = tile.rows // group
         num_blocks = min(q.shape[0] // queries, batch.num_seqs * ceil_div(batch.max_query_len, queries)) + batch.num_seqs
-        prefill_attention_kernel[(num_blocks * kv_heads,)](
-            q, cache, out, batch.block_tables, batch.query_start, batch.seq_lens, *_factors(scale, softcap), batch.num_seqs,
-            q.stride(0), out.stride(0), batch.block_tables.stride(0), *cache.stride()[:4], SEQS_PAD=self._seqs_pad,
+        self.start(
+            prefill_attention_kernel, (num_blocks * kv_heads,), q, cache, out, batch.block_tables, batch.query_start,
+            batch.seq_lens, *_factors(scale, softcap), batch.num_seqs, 2 if skip_decodes else 0, q.stride(0), out.stride(0),
+            batch.block_tables.stride(0), *cache.stride()[:4], SEQS_PAD=self._seqs_pad,
             KV_HEADS=kv_heads, GROUP=group, D=head_dim, D_PAD=next_power_of_2(head_dim), ROWS=tile.rows, KEYS=tile.keys,
-            BLOCK_SIZE=batch.block_size, WINDOW=batch.window, SOFTCAP=softcap > 0, SKIP_DECODES=skip_decodes,
-            num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_SIZE=batch.block_size, WINDOW=batch.window, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     @property

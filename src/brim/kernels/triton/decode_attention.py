@@ -101,7 +101,7 @@ def _combine(
     tl.store(to + row[:, None] * D + col[None, :], acc.to(to.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "stride_table"], do_not_specialize_on_alignment=["tables", "query_start", "seq_lens"])
 def decode_attention_kernel(
     q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, inner, outer, num_seqs,
     stride_q, stride_out, stride_table, stride_block, stride_kv: tl.constexpr,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def gather_kernel(
     source, rows, out, scale, stride_source, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr
 ):

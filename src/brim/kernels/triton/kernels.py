@@ -8,16 +8,21 @@ current when the kernels are made. Capture graphs on the stream that eager steps
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from triton.runtime.driver import driver
 
 from brim.errors import DeviceError
 from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher
+from brim.kernels.triton.launch import Launch, launch_now
 from brim.kernels.triton.logprobs import count_ids_kernel, penalize_kernel, top_logprobs_kernel
 from brim.kernels.triton.matmul import matmul_kernel
+from brim.kernels.triton.rehearsal import TritonRehearsal
 from brim.kernels.triton.rope import rope_and_cache_kernel
 from brim.kernels.triton.sampling import chunk_best_kernel, chunk_sum_kernel, pick_kernel, threshold_kernel
 from brim.kernels.triton.scratch import KernelLimits, Scratch
@@ -40,6 +45,14 @@ _INTERPRETER_CORES = 2
 _MATRIX_ALIGNMENT_BYTES = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What of a device enters the choice of kernels. wide_products: its matrix library writes float32 of 16-bit matrices."""
+
+    num_cores: int
+    wide_products: bool
+
+
 class TritonKernels(Kernels):
     """Every kernel of the contract on one device, which must be torch's current one.
 
@@ -50,18 +63,33 @@ class TritonKernels(Kernels):
     can_capture = True
     plain_weights = True
 
-    def __init__(self, device: torch.device | str, limits: KernelLimits) -> None:
+    def __init__(
+        self, device: torch.device | str, limits: KernelLimits, chip: Chip | None = None, launch: Launch = launch_now
+    ) -> None:
+        """chip: what the device can do, asked of it where None. launch: what becomes of each call of a kernel."""
         self.device = torch.device(device)
         self.limits = limits
-        self.num_cores = core_count(self.device)
-        self._scratch = Scratch(limits, self.num_cores, self.device)
-        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.num_cores))
-        self._wide_products = _has_wide_products(self.device)
+        self.chip = chip or Chip(core_count(self.device), _has_wide_products(self.device))
+        self._launch = launch
+        self._scratch = Scratch(limits, self.chip.num_cores, self.device)
+        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
+
+    @property
+    def num_cores(self) -> int:
+        """Multiprocessors that the work is cut for."""
+        return self.chip.num_cores
 
     @property
     def scratch_bytes(self) -> int:
         return self._scratch.num_bytes
+
+    def rehearsal(self) -> TritonRehearsal | None:
+        """See the contract. Triton's interpreter, which stands in on a CPU, compiles nothing."""
+        if self.device.type == "cpu":
+            return None
+        target = driver.active.get_current_target()
+        return TritonRehearsal(target, lambda device, launch: TritonKernels(device, self.limits, self.chip, launch))
 
     # weights
     def reserve_weights(self, num_bytes: int) -> None:
@@ -84,16 +112,27 @@ class TritonKernels(Kernels):
         matrix = _matrix(weight)
         if out.dtype == matrix.dtype:
             torch.mm(x, matrix.t(), out=out)
-        elif self._wide_products:
+        elif self.chip.wide_products:
             torch.mm(x, matrix.t(), out_dtype=out.dtype, out=out)
         else:
-            _multiply(x, matrix, out, bias)
+            self._multiply(x, matrix, out, bias)
             return
         if bias is not None:
             grid = (out.shape[0], ceil_div(out.shape[1], ELEMENTWISE_BLOCK))
-            dense.add_bias_kernel[grid](
-                out, bias, out.stride(0), WIDTH=out.shape[1], BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS
-            )
+            self._launch(
+                dense.add_bias_kernel, grid, out, bias, out.stride(0), WIDTH=out.shape[1], BLOCK=ELEMENTWISE_BLOCK,
+                num_warps=ELEMENTWISE_WARPS,
+            )  # fmt: skip
+
+    def _multiply(self, x: Tensor, matrix: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        """The product with float32 results, by our own kernel."""
+        rows, (cols, depth) = x.shape[0], matrix.shape
+        block = 16 if rows <= 16 else 64
+        self._launch(
+            matmul_kernel, (ceil_div(cols, 64), ceil_div(rows, block)), x, matrix, matrix if bias is None else bias, out, rows,
+            x.stride(0), matrix.stride(0), out.stride(0), COLS=cols, DEPTH=depth, ROWS_BLOCK=block, COLS_BLOCK=64, DEPTH_BLOCK=64,
+            HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
+        )  # fmt: skip
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
         rounded = torch.tensor(scale, dtype=out.dtype, device="cpu").item()
@@ -104,50 +143,45 @@ class TritonKernels(Kernels):
 
     def _gather(self, source: Tensor, rows: Tensor, out: Tensor, scale: float, *, scaled: bool) -> None:
         width = out.shape[1]
-        dense.gather_kernel[(out.shape[0], ceil_div(width, ELEMENTWISE_BLOCK))](
-            source, rows, out, scale, source.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, SCALED=scaled,
-            num_warps=ELEMENTWISE_WARPS,
+        self._launch(
+            dense.gather_kernel, (out.shape[0], ceil_div(width, ELEMENTWISE_BLOCK)), source, rows, out, scale,
+            source.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, SCALED=scaled, num_warps=ELEMENTWISE_WARPS,
         )  # fmt: skip
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         rows, width = x.shape
-        dense.rms_norm_kernel[(rows,)](
-            x,
-            weight,
-            out,
-            eps,
-            x.stride(0),
-            out.stride(0),
-            WIDTH=width,
-            BLOCK=next_power_of_2(width),
-            num_warps=norm_warps(width),
-        )
+        self._launch(
+            dense.rms_norm_kernel, (rows,), x, weight, out, eps, x.stride(0), out.stride(0), WIDTH=width,
+            BLOCK=next_power_of_2(width), num_warps=norm_warps(width),
+        )  # fmt: skip
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, post_weight: Tensor | None = None
     ) -> None:
         rows, width = x.shape
-        dense.add_rms_norm_kernel[(rows,)](
-            x, residual, weight, weight if post_weight is None else post_weight, out, eps, x.stride(0), residual.stride(0),
-            out.stride(0), WIDTH=width, BLOCK=next_power_of_2(width), HAS_POST=post_weight is not None,
-            num_warps=norm_warps(width),
+        self._launch(
+            dense.add_rms_norm_kernel, (rows,), x, residual, weight, weight if post_weight is None else post_weight, out, eps,
+            x.stride(0), residual.stride(0), out.stride(0), WIDTH=width, BLOCK=next_power_of_2(width),
+            HAS_POST=post_weight is not None, num_warps=norm_warps(width),
         )  # fmt: skip
 
     def gated_activation(self, gate_up: Tensor, out: Tensor, activation: Activation) -> None:
         rows, width = out.shape
-        dense.gated_activation_kernel[(rows, ceil_div(width, ELEMENTWISE_BLOCK))](
-            gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, GELU=activation == "gelu_tanh",
-            num_warps=ELEMENTWISE_WARPS,
+        self._launch(
+            dense.gated_activation_kernel, (rows, ceil_div(width, ELEMENTWISE_BLOCK)), gate_up, out, gate_up.stride(0),
+            out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, GELU=activation == "gelu_tanh", num_warps=ELEMENTWISE_WARPS,
         )  # fmt: skip
 
     # tokens that the host does not know yet
     def resolve_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
         count = len(rows)
-        resolve_ids_kernel[(ceil_div(count, TOKEN_BLOCK),)](ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
+        grid = (ceil_div(count, TOKEN_BLOCK),)
+        self._launch(resolve_ids_kernel, grid, ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
 
     def remember_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
         count = len(rows)
-        remember_ids_kernel[(ceil_div(count, TOKEN_BLOCK),)](ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
+        grid = (ceil_div(count, TOKEN_BLOCK),)
+        self._launch(remember_ids_kernel, grid, ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
 
     # attention
     def rope_and_cache(
@@ -169,11 +203,12 @@ class TritonKernels(Kernels):
         heads = min(rope_heads(num_tokens), next_power_of_2(kv_heads))
         blocks = ceil_div(num_heads, heads) + 2 * ceil_div(kv_heads, heads)
         unused = cos_sin  # a pointer nothing reads through
-        rope_and_cache_kernel[(num_tokens, blocks)](
-            qkv, positions, cos_sin, kv_cache, slot_mapping, unused if q_norm is None else q_norm,
-            unused if k_norm is None else k_norm, eps, qkv.stride(0), cos_sin.stride(0), *kv_cache.stride()[:4], HEADS=num_heads,
-            KV_HEADS=kv_heads, HALF=head_dim // 2, HALF_PAD=next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size,
-            HEADS_BLOCK=heads, NORMED=q_norm is not None, num_warps=1 if heads <= 2 else 4,
+        self._launch(
+            rope_and_cache_kernel, (num_tokens, blocks), qkv, positions, cos_sin, kv_cache, slot_mapping,
+            unused if q_norm is None else q_norm, unused if k_norm is None else k_norm, eps, qkv.stride(0), cos_sin.stride(0),
+            *kv_cache.stride()[:4], HEADS=num_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
+            HALF_PAD=next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS_BLOCK=heads, NORMED=q_norm is not None,
+            num_warps=1 if heads <= 2 else 4,
         )  # fmt: skip
 
     def attention(self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
@@ -188,13 +223,20 @@ class TritonKernels(Kernels):
         """See the contract. All tensors on the device."""
         counts = self._scratch.counts
         if repetition != 1.0:
-            _count(prompt_ids, counts, from_prompt=True)
-        _count(output_ids, counts, from_prompt=False)
+            self._count(prompt_ids, counts, from_prompt=True)
+        self._count(output_ids, counts, from_prompt=False)
         vocab = logits_row.shape[0]
-        penalize_kernel[(ceil_div(vocab, ELEMENTWISE_BLOCK),)](
-            logits_row, counts, float(repetition), float(presence), float(frequency), vocab, BLOCK=ELEMENTWISE_BLOCK,
-            num_warps=ELEMENTWISE_WARPS,
+        self._launch(
+            penalize_kernel, (ceil_div(vocab, ELEMENTWISE_BLOCK),), logits_row, counts, float(repetition), float(presence),
+            float(frequency), vocab, BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS,
         )  # fmt: skip
+
+    def _count(self, ids: Tensor, counts: Tensor, *, from_prompt: bool) -> None:
+        if ids.numel():
+            self._launch(
+                count_ids_kernel, (ceil_div(ids.numel(), ELEMENTWISE_BLOCK),), ids, counts, ids.numel(), FROM_PROMPT=from_prompt,
+                BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS,
+            )  # fmt: skip
 
     def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
         """See the contract. Values tied with the last one kept are kept; the launches depend on R and all_greedy only."""
@@ -204,25 +246,25 @@ class TritonKernels(Kernels):
         line, chunks = scratch.best_value.stride(0), ceil_div(vocab, SAMPLE_CHUNK)
         padded = next_power_of_2(chunks)
         part_line = scratch.part_best.stride(0)
-        chunk_best_kernel[(rows, chunks)](
-            logits, scratch.best_value, scratch.best_id, scratch.part_best, vocab, stride, line, part_line,
-            CHUNK=SAMPLE_CHUNK, PART=SAMPLE_PART, num_warps=4,
+        self._launch(
+            chunk_best_kernel, (rows, chunks), logits, scratch.best_value, scratch.best_id, scratch.part_best, vocab, stride,
+            line, part_line, CHUNK=SAMPLE_CHUNK, PART=SAMPLE_PART, num_warps=4,
         )  # fmt: skip
         if not batch.all_greedy:
             parts = ceil_div(vocab, SAMPLE_PART)
-            threshold_kernel[(rows,)](
-                logits, scratch.part_best, scratch.active_parts, scratch.threshold, batch.temperature, batch.top_k, batch.top_p,
-                batch.min_p, vocab, stride, part_line, parts, PARTS_PAD=next_power_of_2(parts), PART=SAMPLE_PART,
-                BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
+            self._launch(
+                threshold_kernel, (rows,), logits, scratch.part_best, scratch.active_parts, scratch.threshold, batch.temperature,
+                batch.top_k, batch.top_p, batch.min_p, vocab, stride, part_line, parts, PARTS_PAD=next_power_of_2(parts),
+                PART=SAMPLE_PART, BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
             )  # fmt: skip
-            chunk_sum_kernel[(rows, chunks)](
-                logits, scratch.best_value, scratch.threshold, scratch.chunk_sum, batch.temperature, vocab, stride, line, chunks,
-                CHUNKS_PAD=padded, CHUNK=SAMPLE_CHUNK, num_warps=4,
+            self._launch(
+                chunk_sum_kernel, (rows, chunks), logits, scratch.best_value, scratch.threshold, scratch.chunk_sum,
+                batch.temperature, vocab, stride, line, chunks, CHUNKS_PAD=padded, CHUNK=SAMPLE_CHUNK, num_warps=4,
             )  # fmt: skip
-        pick_kernel[(rows,)](
-            logits, scratch.best_value, scratch.best_id, scratch.threshold, scratch.chunk_sum, batch.temperature, batch.seed,
-            batch.position, out_ids, vocab, stride, line, chunks, CHUNKS_PAD=padded, CHUNK=SAMPLE_CHUNK,
-            GREEDY=batch.all_greedy, num_warps=4,
+        self._launch(
+            pick_kernel, (rows,), logits, scratch.best_value, scratch.best_id, scratch.threshold, scratch.chunk_sum,
+            batch.temperature, batch.seed, batch.position, out_ids, vocab, stride, line, chunks, CHUNKS_PAD=padded,
+            CHUNK=SAMPLE_CHUNK, GREEDY=batch.all_greedy, num_warps=4,
         )  # fmt: skip
 
     def top_logprobs(
@@ -230,9 +272,9 @@ class TritonKernels(Kernels):
     ) -> None:
         """See the contract. Equal values are listed by id; the rank counts strictly larger ones. A place is one pass."""
         rows, vocab = logits.shape
-        top_logprobs_kernel[(rows,)](
-            logits, chosen, out_chosen, out_rank, out_ids, out_values, vocab, logits.stride(0), out_ids.stride(0),
-            out_values.stride(0), out_ids.shape[1], BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
+        self._launch(
+            top_logprobs_kernel, (rows,), logits, chosen, out_chosen, out_rank, out_ids, out_values, vocab, logits.stride(0),
+            out_ids.stride(0), out_values.stride(0), out_ids.shape[1], BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
         )  # fmt: skip
 
 
@@ -255,24 +297,6 @@ def _has_wide_products(device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
-
-
-def _multiply(x: Tensor, matrix: Tensor, out: Tensor, bias: Tensor | None) -> None:
-    """The product with float32 results, by our own kernel."""
-    rows, (cols, depth) = x.shape[0], matrix.shape
-    block = 16 if rows <= 16 else 64
-    matmul_kernel[(ceil_div(cols, 64), ceil_div(rows, block))](
-        x, matrix, matrix if bias is None else bias, out, rows, x.stride(0), matrix.stride(0), out.stride(0), COLS=cols,
-        DEPTH=depth, ROWS_BLOCK=block, COLS_BLOCK=64, DEPTH_BLOCK=64, HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
-    )  # fmt: skip
-
-
-def _count(ids: Tensor, counts: Tensor, *, from_prompt: bool) -> None:
-    if ids.numel():
-        grid = (ceil_div(ids.numel(), ELEMENTWISE_BLOCK),)
-        count_ids_kernel[grid](
-            ids, counts, ids.numel(), FROM_PROMPT=from_prompt, BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS
-        )
 
 
 def _matrix(weight: LinearWeight) -> Tensor:

@@ -26,7 +26,10 @@ def _next_best(logits, vocab, after, after_id, BLOCK: tl.constexpr):
     return best, tl.min(tl.where(value == best, where, MAX_INT), axis=0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["width"],
+    do_not_specialize_on_alignment=["logits", "chosen", "out_chosen", "out_rank", "out_ids", "out_values"],
+)
 def top_logprobs_kernel(
     logits, chosen, out_chosen, out_rank, out_ids, out_values, vocab, stride_row, stride_ids, stride_values, width,
     BLOCK: tl.constexpr,
@@ -58,7 +61,7 @@ def top_logprobs_kernel(
         tl.store(out_values + row.to(tl.int64) * stride_values + place, after - log_total)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["ids"])
 def count_ids_kernel(ids, counts, count, FROM_PROMPT: tl.constexpr, BLOCK: tl.constexpr):
     """Mark prompt ids, or count output ids, in counts[V] int32."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +73,7 @@ def count_ids_kernel(ids, counts, count, FROM_PROMPT: tl.constexpr, BLOCK: tl.co
         tl.atomic_add(counts + token, 1, mask=real, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["logits"])
 def penalize_kernel(logits, counts, repetition, presence, frequency, vocab, BLOCK: tl.constexpr):
     """Apply the penalties to one row and set counts back to zero."""
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

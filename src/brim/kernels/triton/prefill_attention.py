@@ -38,15 +38,18 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "least_queries", "stride_table"],
+    do_not_specialize_on_alignment=["tables", "query_start", "seq_lens"],
+)
 def prefill_attention_kernel(
-    q, cache, out, tables, query_start, seq_lens, inner, outer, num_seqs, stride_q, stride_out, stride_table,
-    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
+    q, cache, out, tables, query_start, seq_lens, inner, outer, num_seqs, least_queries, stride_q, stride_out,
+    stride_table, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
     SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SKIP_DECODES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks * KV_HEADS), the last queries (whose contexts are longest) first."""
+    """Grid (row blocks * KV_HEADS), the last queries (whose contexts are longest) first. Sequences with fewer than
+    least_queries new tokens are left to decode attention."""
     head = tl.program_id(0) % KV_HEADS
     block = tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     queries: tl.constexpr = ROWS // GROUP
@@ -57,10 +60,7 @@ def prefill_attention_kernel(
     token = tl.load(query_start + seq)
     query_len = tl.load(query_start + seq + 1) - token
     first = (block - (token // queries + seq)) * queries
-    ours = first < query_len
-    if SKIP_DECODES:
-        ours = ours & (query_len > 1)
-    if ours:
+    if (first < query_len) & (query_len >= least_queries):
         length = tl.load(seq_lens + seq)
         row = tl.arange(0, ROWS)
         col = tl.arange(0, D_PAD)

@@ -25,7 +25,7 @@ def _head_norm(low, high, q_norm, k_norm, is_q, half, inside, eps, HALF: tl.cons
     return low * factor * w_low, high * factor * w_high
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def rope_and_cache_kernel(
     qkv, positions, cos_sin, cache, slots, q_norm, k_norm, eps, stride_qkv, stride_table,
     stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,

@@ -139,7 +139,7 @@ def _best_of_row(best_value, stride_chunk, row, chunks, CHUNKS_PAD: tl.constexpr
     return tl.max(tl.load(best_value + row * stride_chunk + index, mask=index < chunks, other=float("-inf")), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p"])
 def threshold_kernel(
     logits, part_best, active, threshold, temperature, top_k, top_p, min_p, vocab, stride_row, stride_part, parts,
     PARTS_PAD: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
@@ -175,7 +175,7 @@ def threshold_kernel(
     tl.store(threshold + row, tl.minimum(kept, ONE_KEY))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature"])
 def chunk_sum_kernel(
     logits, best_value, threshold, sums, temperature, vocab, stride_row, stride_chunk, chunks,
     CHUNKS_PAD: tl.constexpr, CHUNK: tl.constexpr,
@@ -191,7 +191,7 @@ def chunk_sum_kernel(
         tl.store(sums + row * stride_chunk + chunk, tl.sum(tl.where(key >= tl.load(threshold + row), p, 0.0), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "seed", "position", "out"])
 def pick_kernel(
     logits, best_value, best_id, threshold, sums, temperature, seed, position, out, vocab, stride_row, stride_chunk, chunks,
     CHUNKS_PAD: tl.constexpr, CHUNK: tl.constexpr, GREEDY: tl.constexpr,

@@ -1,0 +1,104 @@
+"""One compiled form of a kernel as plain text, so that another process can make it. Owns listing, making and looking up.
+
+Triton compiles a kernel anew for each combination of argument types, of integers that are 1 or divisible by 16, of pointers
+that are aligned to 16 bytes, of constexprs and of options. A `VariantList` takes launches, runs none of them, and keeps each
+combination once; it asks Triton's own binder, so it cannot disagree with a real launch. Torch-free: the processes that compile
+start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
+from triton.runtime.jit import create_function_from_signature
+
+# Modules and classes that build the host's side of a launch, by Triton's name of the target.
+_LAUNCHERS = {"cuda": ("triton.backends.nvidia.driver", "CudaLauncher"), "hip": ("triton.backends.amd.driver", "HIPLauncher")}
+# Kernels that take longest to compile, longest first; the others are much alike.
+_SLOW = (
+    "prefill_attention_kernel",
+    "decode_attention_kernel",
+    "threshold_kernel",
+    "top_logprobs_kernel",
+    "rope_and_cache_kernel",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel with everything that enters its compilation but the target. text: JSON, the same for the same variant."""
+
+    text: str
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's name."""
+        return str(json.loads(self.text)["kernel"])
+
+    @property
+    def cost_rank(self) -> tuple[int, int]:
+        """Sorts those first that take longest to compile."""
+        stored = json.loads(self.text)
+        place = _SLOW.index(stored["kernel"]) if stored["kernel"] in _SLOW else len(_SLOW)
+        return place, -int(stored["options"].get("num_warps", 4))
+
+    def is_cached(self, target: GPUTarget) -> bool:
+        """Whether Triton's cache on disk holds it."""
+        source, options = self._source(target)
+        key = get_cache_key(source, make_backend(target), options, get_cache_invalidating_env_vars())
+        folder = get_cache_manager(hashlib.sha256(key.encode("utf-8")).hexdigest())
+        return folder.get_group(f"{source.name[:150]}.json") is not None
+
+    def compile(self, target: GPUTarget) -> None:
+        """Put it into Triton's cache on disk, and what calls it on the host too. Uses no device; raises what compilers raise."""
+        source, options = self._source(target)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        if target.backend in _LAUNCHERS:
+            module, name = _LAUNCHERS[target.backend]
+            getattr(importlib.import_module(module), name)(compiled.src, compiled.metadata)
+
+    def _source(self, target: GPUTarget) -> tuple[Any, Any]:
+        stored = json.loads(self.text)
+        kernel = getattr(importlib.import_module(stored["module"]), stored["kernel"])
+        constants = {tuple(path): value for path, value in stored["constants"]}
+        attributes = {tuple(path): value for path, value in stored["attributes"]}
+        source = ASTSource(kernel, stored["signature"], constants, attributes)
+        return source, make_backend(target).parse_options(stored["options"])
+
+
+@dataclass(slots=True)
+class VariantList:
+    """Takes launches (see `launch.Launch`) for a target and keeps the variants they need."""
+
+    target: GPUTarget
+    variants: set[Variant] = field(default_factory=set)
+    _binders: dict[Any, Any] = field(default_factory=dict)
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """See `triton.runtime.jit.JITFunction.run`, whose first half this is."""
+        backend = make_backend(self.target)
+        if kernel not in self._binders:
+            self._binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        options["debug"] = options.get("debug", kernel.debug) or knobs.runtime.debug
+        options["instrumentation_mode"] = knobs.compilation.instrumentation_mode
+        bound, specialization, launch_options = self._binders[kernel](*arguments, **options)
+        _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, launch_options)
+        stored = {
+            "module": kernel.module,
+            "kernel": kernel.fn.__name__,
+            "signature": signature,
+            "constants": list(constants.items()),
+            "attributes": list(attributes.items()),
+            "options": launch_options,
+        }
+        self.variants.add(Variant(json.dumps(stored)))
