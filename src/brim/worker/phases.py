@@ -33,6 +33,7 @@ from brim.units import format_bytes
 from brim.worker.compile_choice import CompileChoice, compile_model
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
+from brim.worker.precompile import CompileAhead
 from brim.worker.probes import warm_steps, worst_steps
 from brim.worker.runner import ModelRunner
 from brim.worker.sampler import Sampler
@@ -79,6 +80,7 @@ class OpenedDevice:
     settings: StartSettings
     profiler: Profiler
     on_progress: Callable[[StartupProgress], None]
+    ahead: CompileAhead = field(default_factory=CompileAhead)
 
     @contextmanager
     def phase(self, name: str, text: str, rest: Category, owner: str) -> Iterator[PhaseScope]:
@@ -210,7 +212,8 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         scope.add("workspace", "step workspace", plan.num_bytes)
         compiling = compile_model(settings.compiling, opened.platform, model, runner, limits.max_num_tokens)
         blocks = reserved.cache.committed_blocks
-        for arrays, rows in warm_steps(limits, settings.layout.block_size, blocks, settings.spec):
+        opened.on_progress(StartupProgress("warm", opened.ahead.wait().text))
+        for arrays, rows in warm_steps(limits, settings.layout.block_size, blocks, settings.spec, opened.ahead.steps):
             runner.probe(arrays, rows)
         runner.warm_sizes()
         if settings.compiling.compiler is not None:  # what compiling took goes; what steps take, the worst ones take again

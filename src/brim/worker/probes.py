@@ -13,6 +13,7 @@ from brim.engine.sampling_params import SamplingParams
 from brim.memory.step_memory import StepLimits
 from brim.worker.sampler import SampleRows, SpecialRow
 from brim.worker.step_inputs import StepArrays
+from brim.worker.variants import VariantStep
 
 
 def worst_steps(
@@ -25,32 +26,30 @@ def worst_steps(
 
 
 def warm_steps(
-    limits: StepLimits, block_size: int, blocks: Sequence[int], spec: ModelSpec
+    limits: StepLimits, block_size: int, blocks: Sequence[int], spec: ModelSpec, variants: Sequence[VariantStep]
 ) -> Iterator[tuple[StepArrays, SampleRows]]:
-    """One decoding sequence, sampled with every feature, and mixed steps of every class of size that kernels tell apart."""
+    """One decoding sequence, sampled with every feature, and the steps that together need every kernel variant."""
     one = StepLimits(1, 1, min(limits.max_model_len, block_size))
     width = -(-limits.max_model_len // block_size)
     yield _decode(one, block_size, blocks, spec.vocab_size, width=width)
-    group = spec.num_heads // spec.num_kv_heads
-    for longest in (1, max(2, 16 // group), max(2, 64 // group), limits.max_num_tokens - 1):
-        for query_lens in ([longest], [longest, 1], [longest, 1, 1]):
-            fits = sum(query_lens) <= limits.max_num_tokens and len(query_lens) <= limits.max_num_seqs
-            if fits and longest <= limits.max_model_len:
-                yield _mixed(query_lens, width, blocks, spec.vocab_size)
+    for variant in variants:
+        yield _mixed(variant, width, blocks, spec.vocab_size)
 
 
-def _mixed(query_lens: list[int], width: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
-    """Sequences at their beginning, all of them sampled greedily."""
-    num_seqs = len(query_lens)
+def _mixed(variant: VariantStep, width: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
+    """Sequences at their beginning, all of them sampled."""
+    num_seqs = len(variant.query_lens)
     arrays = StepArrays(
-        token_ids=np.arange(sum(query_lens), dtype=np.int64) % vocab_size,
-        query_lens=np.array(query_lens, dtype=np.int32),
+        token_ids=np.arange(variant.num_tokens, dtype=np.int64) % vocab_size,
+        query_lens=np.array(variant.query_lens, dtype=np.int32),
         start_positions=np.zeros(num_seqs, dtype=np.int32),
         block_tables=_tables(num_seqs, width, blocks),
         sample_indices=np.arange(num_seqs, dtype=np.int32),
     )
-    rows = _rows(num_seqs, vocab_size, special=False)
-    return arrays, replace(rows, temperature=np.zeros(num_seqs, dtype=np.float32))
+    rows = _rows(num_seqs, vocab_size, special=variant.has_features, num_known=1)
+    if variant.all_greedy:
+        rows = replace(rows, temperature=np.zeros(num_seqs, dtype=np.float32))
+    return arrays, rows
 
 
 def _tables(num_seqs: int, width: int, blocks: Sequence[int]) -> tuple[np.ndarray, ...]:

@@ -4,6 +4,7 @@ footprint before KV is made of; the arithmetic is `memory`'s and each phase is `
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Literal
 
@@ -43,6 +44,7 @@ from brim.worker.phases import (
     reserve,
     warm,
 )
+from brim.worker.precompile import compile_ahead
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import exact_sizes, rounded_sizes
@@ -77,7 +79,8 @@ def start_worker(
         kernels = compiling.kernels(make_kernels(_step_sizes(config, platform.default_limits())[0]), model_device)
         settings = replace(plan_start(config, platform, kernels, source), compiling=compiling)
         platform.set_cap(settings.plan.ceiling_bytes)
-    opened = OpenedDevice(platform, kernels, settings, profiler, on_progress)
+    ahead = compile_ahead(kernels, source.spec, settings.limits, settings.layout, settings.dtype)
+    opened = OpenedDevice(platform, kernels, settings, profiler, on_progress, ahead)
 
     def load_model() -> DecoderModel:
         def progress(text: str, fraction: float | None) -> None:
@@ -91,7 +94,7 @@ def start_worker(
         source.close()
         return model
 
-    with foreign_errors(platform):
+    with foreign_errors(platform), closing(ahead):
         ready = prove(commit(capture(measure(warm(reserve(load(opened, load_model)))))))
     return DeviceWorker(ready, _final_ledger(ready, before_bytes))
 
