@@ -29,34 +29,37 @@ _NUM_BLOCKS = 2
 
 @dataclass(frozen=True, slots=True)
 class VariantStep:
-    """New tokens of each sequence, a bound on them (a captured step's may be above all of them), and how rows are sampled.
+    """New tokens of each sequence, the shape that the step is padded to, and how rows are sampled.
 
+    padded_tokens: at least the sum of query_lens; max_query_len: at least the longest, above it only as in captured steps.
     has_features: penalties over prompt and output, biases and log-probabilities are on.
     """
 
     query_lens: tuple[int, ...]
+    padded_tokens: int
     max_query_len: int
     all_greedy: bool
     has_features: bool = False
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T without padding."""
         return sum(self.query_lens)
 
 
 def candidates(limits: StepLimits, group: int) -> Iterator[VariantStep]:
     """Steps at and just above every size that kernels tell apart; group: query heads that share a KV head."""
-    yield VariantStep((1,), 1, all_greedy=False, has_features=True)
-    yield VariantStep((1,), 1, all_greedy=True)
+    yield VariantStep((1,), 1, 1, all_greedy=False, has_features=True)
+    yield VariantStep((1,), 1, 1, all_greedy=True)
     for size in _borders(limits.max_num_tokens, group):
         if size <= limits.max_num_seqs:
-            yield VariantStep((1,) * size, 1, all_greedy=False)
+            yield VariantStep((1,) * size, size, 1, all_greedy=False)
+        if size == 1:
+            continue
         longest = min(size, limits.max_model_len)
-        most = min(limits.max_num_seqs, limits.max_num_tokens // longest)
-        for query_lens in ((longest,), (longest, 1), (longest,) * most):
-            if size > 1 and sum(query_lens) <= limits.max_num_tokens and len(query_lens) <= limits.max_num_seqs:
-                yield VariantStep(query_lens, size, all_greedy=True)
+        yield VariantStep((longest,), size, size, all_greedy=True)
+        if limits.max_num_seqs > 1:
+            yield VariantStep((longest - 1, 1) if longest > 1 else (1, 1), size, size, all_greedy=True)
 
 
 def _borders(largest: int, group: int) -> list[int]:
@@ -100,19 +103,24 @@ class RehearsedModel:
 
     def run(self, step: VariantStep) -> None:
         """All calls of one step."""
-        num_seqs, limits = len(step.query_lens), self._limits
-        ids, rows = self._int64(step.num_tokens), self._int64(num_seqs)
+        sizes = (step.padded_tokens, len(step.query_lens), step.max_query_len)
+        self.run_shape(*sizes, all_greedy=step.all_greedy, has_features=step.has_features)
+
+    def run_shape(self, num_tokens: int, num_seqs: int, max_query_len: int, *, all_greedy: bool, has_features: bool) -> None:
+        """All calls of a step of this shape, padded or not; every sequence is sampled."""
+        limits = self._limits
+        ids, rows = self._int64(num_tokens), self._int64(num_seqs)
         last_ids = self._int64(limits.max_num_seqs + 1)
         self._kernels.resolve_ids(ids[:num_seqs], rows, last_ids)
-        batches = [self._batch(group, step) for group in self._layout.groups]
-        hidden = self._model.forward(StepTensors(ids, self._int64(step.num_tokens), batches, self._caches, self._buffers))
+        batches = [self._batch(group, num_tokens, num_seqs, max_query_len) for group in self._layout.groups]
+        hidden = self._model.forward(StepTensors(ids, self._int64(num_tokens), batches, self._caches, self._buffers))
         self._kernels.gather_rows(hidden, rows, self._hidden[:num_seqs])
         count = min(num_seqs, self._rows)
         logits = self._logits[:count]
         self._model.logits(self._hidden[:count], logits)
-        if step.has_features:
+        if has_features:
             self._edit_and_score(logits)
-        self._kernels.sample(logits, self._params(count, step.all_greedy), self._int64(count))
+        self._kernels.sample(logits, self._params(count, all_greedy), self._int64(count))
         self._kernels.remember_ids(self._int64(num_seqs), rows, last_ids)
 
     def _edit_and_score(self, logits: Tensor) -> None:
@@ -124,16 +132,16 @@ class RehearsedModel:
             logits, self._int64(count), self._empty((count,), torch.float32), self._int64(count), best_ids, best
         )
 
-    def _batch(self, group: KVGroup, step: VariantStep) -> AttentionBatch:
-        limits, num_seqs = self._limits, len(step.query_lens)
+    def _batch(self, group: KVGroup, num_tokens: int, num_seqs: int, max_query_len: int) -> AttentionBatch:
+        limits = self._limits
         width = ceil_div(limits.max_model_len, self._layout.block_size)
         return AttentionBatch(
             block_tables=self._empty((limits.max_num_seqs, width), torch.int32)[:num_seqs],
-            slot_mapping=self._int64(step.num_tokens),
+            slot_mapping=self._int64(num_tokens),
             query_start=self._empty((num_seqs + 1,), torch.int32),
             seq_lens=self._empty((num_seqs,), torch.int32),
             num_seqs=num_seqs,
-            max_query_len=step.max_query_len,
+            max_query_len=max_query_len,
             max_seq_len=limits.max_model_len,
             block_size=self._layout.block_size,
             window=group.window,

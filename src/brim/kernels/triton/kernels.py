@@ -19,6 +19,7 @@ from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight,
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher
+from brim.kernels.triton.cache_folder import replace_unwritable_cache
 from brim.kernels.triton.launch import Launch, launch_now
 from brim.kernels.triton.logprobs import count_ids_kernel, penalize_kernel, top_logprobs_kernel
 from brim.kernels.triton.matmul import matmul_kernel
@@ -68,6 +69,7 @@ class TritonKernels(Kernels):
     ) -> None:
         """chip: what the device can do, asked of it where None. launch: what becomes of each call of a kernel."""
         self.device = torch.device(device)
+        self._cache_folder = None if self.device.type in ("cpu", "meta") else replace_unwritable_cache()
         self.limits = limits
         self.chip = chip or Chip(core_count(self.device), _has_wide_products(self.device))
         self._launch = launch
@@ -91,6 +93,10 @@ class TritonKernels(Kernels):
         target = driver.active.get_current_target()
         return TritonRehearsal(target, lambda device, launch: TritonKernels(device, self.limits, self.chip, launch))
 
+    def close(self) -> None:
+        if self._cache_folder is not None:
+            self._cache_folder.cleanup()
+
     # weights
     def reserve_weights(self, num_bytes: int) -> None:
         self._slab, self._slab_used = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device), 0
@@ -110,13 +116,16 @@ class TritonKernels(Kernels):
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
         """See the contract. A bias is added to the product after that was rounded to out's dtype."""
         matrix = _matrix(weight)
-        if out.dtype == matrix.dtype:
-            torch.mm(x, matrix.t(), out=out)
-        elif self.chip.wide_products:
-            torch.mm(x, matrix.t(), out_dtype=out.dtype, out=out)
-        else:
+        is_wide = out.dtype != matrix.dtype
+        if is_wide and not self.chip.wide_products:
             self._multiply(x, matrix, out, bias)
             return
+        if x.is_meta:  # a rehearsal: nothing to compile, and the library's first product there takes half a second of imports
+            pass
+        elif is_wide:
+            torch.mm(x, matrix.t(), out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(x, matrix.t(), out=out)
         if bias is not None:
             grid = (out.shape[0], ceil_div(out.shape[1], ELEMENTWISE_BLOCK))
             self._launch(
