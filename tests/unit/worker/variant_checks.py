@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
 }  # fmt: skip
-LENGTH, SEQS, TOKENS = 200, 12, 160
+LENGTH, SEQS, TOKENS = 200, 20, 160
 
 
 def kernel_limits(spec: ModelSpec, num_seqs: int) -> KernelLimits:
@@ -90,7 +90,9 @@ def started(family: str, folder: Path, listed: VariantList, **flags: Any) -> Dev
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], bool, int]:
     """Query lengths, start positions, sampled sequences, whether all are greedy, and which features special rows have."""
-    lens = draw(st.lists(st.one_of(st.just(1), st.integers(1, 9), st.integers(1, TOKENS)), min_size=1, max_size=SEQS))
+    lens = [1] * draw(st.integers(0, SEQS - 4)) + draw(
+        st.lists(st.one_of(st.just(1), st.integers(1, 9), st.integers(1, TOKENS)), min_size=1, max_size=4)
+    )
     while sum(lens) > TOKENS:
         lens.pop() if len(lens) > 1 else lens.__setitem__(0, TOKENS)
     starts = [draw(st.integers(0, LENGTH - length)) for length in lens]
@@ -115,7 +117,7 @@ def step_of(
         temperature=0.0 if all_greedy else 0.7,
         repetition_penalty=1.2 if features & 1 else 1.0,
         presence_penalty=0.5 if features & 2 else 0.0,
-        logprobs=1 + features * 2 if features & 4 else None,
+        logprobs=(0, 1, 16, 20)[features & 3] if features & 4 else None,
     )
     history = np.arange(1 + features + len(lens), dtype=np.int64)
     special = tuple(SpecialRow(i, params, history[: 1 + i], history, ()) for i in range(rows) if features and i % 2 == 0)
