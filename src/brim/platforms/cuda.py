@@ -243,10 +243,11 @@ class CudaPlatform(Platform):
         return self._driver
 
     def release_unused(self) -> int:
-        """Collect garbage and empty torch's cache."""
+        """Collect garbage and empty torch's cache; later captures take a new pool, for one whose graphs are gone is dead."""
         before_bytes = self.reading().ours_bytes
         gc.collect()
         self._runtime.empty_cache()
+        self._pool = self._runtime.graph_pool_handle()
         return max(0, before_bytes - self.reading().ours_bytes)
 
     def as_brim_error(self, error: BaseException) -> BrimError | None:
