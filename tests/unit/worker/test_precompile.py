@@ -26,7 +26,7 @@ from brim.worker.precompile import compile_ahead
 from brim.worker.variants import candidates
 
 TARGET = GPUTarget("cuda", 90, 32)
-PROCESS = (sys.executable, "-P", "-m", "brim.kernels.triton.compile_process")
+PROCESS = (sys.executable, "-m", "brim.kernels.triton.compile_process")
 ECHO = "import sys, time\nfor i, line in enumerate(sys.stdin):\n    if i:\n        {body}\n        print(flush=True)\n"
 
 

@@ -22,7 +22,7 @@ from brim.kernels.triton.variant import Variant
 
 MAX_PROCESSES = 8  # more take longer to start than they save: the slowest variant bounds the whole
 TIME_LIMIT_S = 120.0
-_COMMAND = (sys.executable, "-P", "-m", "brim.kernels.triton.compile_process")
+_COMMAND = (sys.executable, "-m", "brim.kernels.triton.compile_process")
 
 
 class CompilePool:
@@ -95,20 +95,25 @@ class CompilePool:
         process = self._start()
         if process is None:
             return
+        try:
+            with process:
+                try:
+                    self._converse(process)
+                finally:
+                    process.kill()
+        except OSError as error:  # it ended before it was told anything
+            self._note(None, str(error))
+
+    def _converse(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None and process.stdout is not None
-        with process:
-            try:
-                print(json.dumps([self._target.backend, self._target.arch, self._target.warp_size]), file=process.stdin)
-                while (variant := self._next()) is not None:
-                    print(json.dumps(variant.text), file=process.stdin, flush=True)
-                    answer = process.stdout.readline()
-                    if not answer:
-                        self._note(variant, "the process that compiled it ended")
-                        break
-                    self._note(variant, answer.strip())
-            except OSError as error:
-                self._failures.append(str(error))
-            process.kill()
+        print(json.dumps([self._target.backend, self._target.arch, self._target.warp_size]), file=process.stdin)
+        while (variant := self._next()) is not None:
+            print(json.dumps(variant.text), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            if not answer:
+                self._note(variant, "the process that compiled it ended")
+                return
+            self._note(variant, answer.strip())
 
     def _start(self) -> subprocess.Popen[str] | None:
         with self._lock:
@@ -120,7 +125,7 @@ class CompilePool:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    text=True,
+                    encoding="utf-8",
                     env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # no context, whatever a library does when it is loaded
                 )
             except OSError as error:
@@ -133,8 +138,9 @@ class CompilePool:
         with self._lock:
             return self._missing.popleft() if self._missing and not self._is_closed else None
 
-    def _note(self, variant: Variant, reason: str) -> None:
+    def _note(self, variant: Variant | None, reason: str) -> None:
+        """What became of a variant, or of a process."""
         with self._lock:
             if reason and not self._is_closed:
-                self._failures.append(f"{variant.kernel}: {reason}")
+                self._failures.append(f"{variant.kernel}: {reason}" if variant else reason)
             self._num_compiled += not reason
