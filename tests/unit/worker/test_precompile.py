@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from brim.config.model_spec import spec_from_hf_config
 from brim.errors import DeviceError
 from brim.kernels.torch_ref import TorchKernels
+from brim.kernels.triton.cache_folder import replace_unwritable_cache
 from brim.kernels.triton.compile_pool import CompilePool
 from brim.kernels.triton.variant import Variant
 from brim.memory.kv_layout import KVLayout
@@ -181,6 +183,15 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     )
     env = without_interpreter(TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+def test_no_folder_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert replace_unwritable_cache() is None  # compiled before, kernels need no temporary folder
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")
+    with pytest.raises(DeviceError, match="TRITON_CACHE_DIR"):
+        replace_unwritable_cache()
 
 
 def test_kernels_that_compile_nothing_and_kernels_that_cannot_be_rehearsed() -> None:
