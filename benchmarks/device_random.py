@@ -1,8 +1,8 @@
-"""Random configurations, one after the other in one process: each starts and survives its worst step, or is refused rightly.
+"""Random configurations, each in a process of its own: it starts and survives its worst step, or is refused rightly.
 
     python benchmarks/device_random.py FIRST_SEED COUNT FOLDER
 
-Prints one JSON line a configuration: its shape and settings, the outcome, the most this process held against its cap. A refused
+Prints one JSON line a configuration: its shape and settings, the outcome, the most its process held against its cap. A refused
 one is started again with the first setting that the refusal names.
 """
 
@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import random
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from brim import LLM, SamplingParams
-from brim.errors import BrimError, MemoryBudgetError
-from brim.platforms.detect import detect
-from brim.units import MIB
+from brim.errors import MemoryBudgetError
 
 MODES = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 MOST_PROMPT_TOKENS = 200_000
@@ -82,14 +81,14 @@ def attempt(folder: Path, chosen: dict[str, Any], draw: random.Random) -> dict[s
     with LLM(str(folder), load_format="dummy", device="auto", **chosen) as llm:
         ready_s = time.perf_counter() - started
         work = serve(llm, draw)
-        report = llm._core.executor.memory_report()
+        memory = llm._core.executor.memory_report()
         return {
             "outcome": "served" if not work["errors"] else "errors",
             "ready_s": round(ready_s, 2),
             "kv_tokens": llm.info["kv_tokens"],
-            "cap_bytes": report["cap_bytes"],
-            "held_bytes": report["resident_bytes"],
-            "over_the_cap_bytes": max(report["resident_bytes"], report["peak_bytes"]) - report["cap_bytes"],
+            "cap_bytes": memory["cap_bytes"],
+            "held_bytes": memory["resident_bytes"],
+            "over_the_cap_bytes": max(memory["resident_bytes"], memory["peak_bytes"]) - memory["cap_bytes"],
             "graph_mode": llm.info["graph_mode"],
             **work,
         }
@@ -101,6 +100,27 @@ def changed_by(flags: str, chosen: dict[str, Any]) -> dict[str, Any]:
     return {**chosen, **{words[i][2:].replace("-", "_"): words[i + 1] for i in range(0, len(words), 2)}}
 
 
+def child(folder: Path, chosen: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One attempt in a process of its own."""
+    command = [sys.executable, __file__, "attempt", str(folder), json.dumps(chosen), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if lines:
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+    return {"outcome": "died", "message": f"exit {done.returncode}: {done.stderr[-500:]}"}
+
+
+def report(folder: Path, chosen: dict[str, Any], seed: int) -> dict[str, Any]:
+    """An attempt, whatever comes of it."""
+    try:
+        return attempt(folder, chosen, random.Random(seed))
+    except MemoryBudgetError as error:
+        return {"outcome": "refused", "message": str(error)[:400], "nearest": list(error.nearest)}
+    except Exception as error:
+        return {"outcome": "failed", "message": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
 def one(seed: int, root: Path) -> dict[str, Any]:
     """One configuration to its end."""
     draw = random.Random(seed)
@@ -108,29 +128,25 @@ def one(seed: int, root: Path) -> dict[str, Any]:
     folder = root / str(seed)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    found: dict[str, Any] = {"seed": seed, "config": config, "settings": chosen}
-    try:
-        found |= attempt(folder, chosen, draw)
-    except MemoryBudgetError as error:
-        found |= {"outcome": "refused", "message": str(error)[:400], "nearest": list(error.nearest)}
-        if error.nearest:
-            try:
-                found["nearest_outcome"] = attempt(folder, changed_by(error.nearest[0], chosen), draw)["outcome"]
-            except BrimError as again:
-                found["nearest_outcome"] = f"{type(again).__name__}: {str(again)[:300]}"
-    except Exception as error:
-        found |= {"outcome": "failed", "message": f"{type(error).__name__}: {str(error)[:500]}"}
+    found = {"seed": seed, "config": config, "settings": chosen, **child(folder, chosen, seed)}
+    if found.get("nearest"):
+        again = child(folder, changed_by(found["nearest"][0], chosen), seed)
+        found["nearest_outcome"] = again["outcome"]
+        found["nearest_over_bytes"] = again.get("over_the_cap_bytes")
+        if again["outcome"] != "served":
+            found["nearest_message"] = again.get("message")
     return found
 
 
 def main() -> None:
-    """COUNT configurations from FIRST_SEED."""
+    """COUNT configurations from FIRST_SEED, or one attempt for that."""
+    if sys.argv[1] == "attempt":
+        print(json.dumps(report(Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]))), flush=True)
+        return
     first, count, root = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     for seed in range(first, first + count):
         started = time.perf_counter()
-        found = one(seed, root)
-        held = detect("auto").reading().ours_bytes if seed == first + count - 1 else 0
-        print(json.dumps({**found, "seconds": round(time.perf_counter() - started, 1), "left_mib": held // MIB}), flush=True)
+        print(json.dumps({**one(seed, root), "seconds": round(time.perf_counter() - started, 1)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,13 @@ def write_small_model(folder: Path, family: str = "llama", *, poisoned_id: int |
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
+    write_tokenizer(folder)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer.json of VOCAB ids."""
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
 
 
 def _tensors(config: dict[str, Any]) -> dict[str, Tensor]:

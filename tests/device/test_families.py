@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.small_models import write_tokenizer
 from tests.unit.models.helpers import CONFIGS, MAX_LEN, VOCAB, hf_logits, random_model
 
 from brim import LLM, SamplingParams
@@ -20,6 +21,7 @@ NEW_TOKENS = 24
 @pytest.fixture(params=list(CONFIGS))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     random_model(CONFIGS[request.param]()).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
     yield tmp_path
     torch.cuda.empty_cache()
 
