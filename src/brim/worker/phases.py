@@ -213,8 +213,8 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         compiling = compile_model(settings.compiling, opened.platform, model, runner, limits.max_num_tokens)
         blocks = reserved.cache.committed_blocks
         opened.on_progress(StartupProgress("warm", opened.ahead.wait().text))
-        for arrays, rows in warm_steps(limits, settings.layout.block_size, blocks, settings.spec, opened.ahead.steps):
-            runner.probe(arrays, rows)
+        for arrays, rows, shape in warm_steps(limits, settings.layout.block_size, blocks, settings.spec, opened.ahead.steps):
+            runner.probe(arrays, rows, shape)
         runner.warm_sizes()
         if settings.compiling.compiler is not None:  # what compiling took goes; what steps take, the worst ones take again
             opened.platform.release_unused()

@@ -12,7 +12,7 @@ from brim.config.schema import MAX_LOGPROBS
 from brim.engine.sampling_params import SamplingParams
 from brim.memory.step_memory import StepLimits
 from brim.worker.sampler import SampleRows, SpecialRow
-from brim.worker.step_inputs import StepArrays
+from brim.worker.step_inputs import StepArrays, StepShape
 from brim.worker.variants import VariantStep
 
 
@@ -27,13 +27,15 @@ def worst_steps(
 
 def warm_steps(
     limits: StepLimits, block_size: int, blocks: Sequence[int], spec: ModelSpec, variants: Sequence[VariantStep]
-) -> Iterator[tuple[StepArrays, SampleRows]]:
-    """One decoding sequence, sampled with every feature, and the steps that together need every kernel variant."""
+) -> Iterator[tuple[StepArrays, SampleRows, StepShape | None]]:
+    """One decoding sequence, sampled with every feature, and the steps that together need every kernel variant, with the shape
+    that each is padded to."""
     one = StepLimits(1, 1, min(limits.max_model_len, block_size))
     width = -(-limits.max_model_len // block_size)
-    yield _decode(one, block_size, blocks, spec.vocab_size, width=width)
+    yield *_decode(one, block_size, blocks, spec.vocab_size, width=width), None
     for variant in variants:
-        yield _mixed(variant, width, blocks, spec.vocab_size)
+        shape = StepShape(variant.padded_tokens, len(variant.query_lens), variant.max_query_len, limits.max_model_len)
+        yield *_mixed(variant, width, blocks, spec.vocab_size), shape
 
 
 def _mixed(variant: VariantStep, width: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:

@@ -148,12 +148,12 @@ class ModelRunner:
         self._remember(num_rows)
         return logprobs
 
-    def forward(self, arrays: StepArrays) -> Tensor:
-        """Hidden states [T, hidden_size] of one step given as arrays."""
+    def forward(self, arrays: StepArrays, shape: StepShape | None = None) -> Tensor:
+        """Hidden states [T, hidden_size] of one step given as arrays; call by call where a shape to pad to is given."""
         num_tokens, longest = arrays.num_tokens, int(arrays.query_lens.max())
-        program = self._programs.mixed(num_tokens)
+        program = None if shape else self._programs.mixed(num_tokens)
         if program is None:
-            shape = StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
+            shape = shape or StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
             batches = self._inputs.fill(arrays, shape)
             self._resolve(arrays.num_seqs)
             return self._model.forward(self._step_tensors(shape.num_tokens, batches))[:num_tokens]
@@ -187,11 +187,11 @@ class ModelRunner:
         program.replay()
         return True
 
-    def probe(self, arrays: StepArrays, settings: SampleRows) -> None:
-        """Run a fabricated step to its end, sampling included (warm, measure and prove)."""
+    def probe(self, arrays: StepArrays, settings: SampleRows, shape: StepShape | None = None) -> None:
+        """Run a fabricated step to its end, sampling included (warm, measure and prove), padded to a shape where one is given."""
         num_rows = len(arrays.sample_indices)
-        if not self._replay(arrays, settings):
-            self._sample(self.forward(arrays), num_rows, settings)
+        if shape is not None or not self._replay(arrays, settings):
+            self._sample(self.forward(arrays, shape), num_rows, settings)
         self._sampler.start_read(num_rows)()
 
     def _score_prompt(self, plan: StepPlan, index: int, hidden: Tensor) -> list[TokenLogprobs]:
