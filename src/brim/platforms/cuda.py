@@ -42,6 +42,7 @@ from brim.units import MIB
 
 CONTEXT_BYTES = 640 * MIB  # measured on an H100: 518 to 621 MiB
 RESERVE_BYTES = 256 * MIB
+SEGMENT_BYTES = 2 * MIB  # torch's allocator takes memory from the device in multiples of this
 _ALL_MODES: tuple[GraphMode, ...] = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 
 
@@ -186,7 +187,9 @@ class CudaPlatform(Platform):
         assert self.cap_bytes is not None, "there is a cap to enforce"
         now, reserved_bytes = self.reading(), self._runtime.memory_reserved(self._index)
         allowed_bytes = self.cap_bytes - (now.ours_bytes - reserved_bytes) - about_to_take_bytes
-        allowed_bytes = min(now.total_bytes, max(reserved_bytes, allowed_bytes))
+        # whole segments and half of one more: the fraction is rounded on its way, and a segment comes whole or not at all
+        allowed_bytes = max(reserved_bytes, allowed_bytes) // SEGMENT_BYTES * SEGMENT_BYTES + SEGMENT_BYTES // 2
+        allowed_bytes = min(now.total_bytes, allowed_bytes)
         self._runtime.set_per_process_memory_fraction(allowed_bytes / now.total_bytes, self._index)
 
     # -- work

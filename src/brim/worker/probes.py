@@ -15,6 +15,8 @@ from brim.worker.sampler import SampleRows, SpecialRow
 from brim.worker.step_inputs import StepArrays, StepShape
 from brim.worker.variants import VariantStep
 
+_SPECIAL_ROWS = 8  # rows with every feature; each works through the same static buffers, one after the other
+
 
 def worst_steps(
     limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int
@@ -109,5 +111,7 @@ def _rows(num_rows: int, vocab_size: int, special: bool, num_known: int = 0) -> 
         min_p=np.full(num_rows, params.min_p, dtype=np.float32),
         seed=np.arange(num_rows, dtype=np.int64),
         position=np.zeros(num_rows, dtype=np.int64),
-        special=tuple(SpecialRow(i, params, history, history, (0,)) for i in range(num_rows)) if special else (),
+        special=tuple(SpecialRow(i, params, history, history, (0,)) for i in range(min(num_rows, _SPECIAL_ROWS)))
+        if special
+        else (),
     )

@@ -47,7 +47,7 @@ from brim.worker.phases import (
 from brim.worker.precompile import compile_ahead
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
-from brim.worker.step_sizes import exact_sizes, rounded_sizes
+from brim.worker.step_sizes import exact_sizes, predicted_graph_bytes, rounded_sizes
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HEAP_BYTES = 16 * MIB
@@ -55,6 +55,7 @@ _HEAP_BYTES_PER_TOKEN = 48  # a prompt as a list of ints, its int64 buffer, its 
 _HEAP_TOKENS = 1 << 18
 _STARTING_BYTES = 16 * MIB  # measured: 11 to 14 with 16 sequences, 17 with 64 (docs/memory.md, kernels and programs)
 _STARTING_BYTES_PER_SEQ = 96 << 10
+_ROUNDING_BYTES = 32 * MIB  # measured on an H100: 0 to 20 after loading, 1 to 3 in warm, up to 2 for each large allocation
 _NOISE_BYTES = 2 * MIB  # readings of the same start differ by up to 0.6 MiB
 
 
@@ -106,6 +107,13 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
     num_seqs, num_tokens = _step_sizes(config, defaults)
     layout = KVLayout.of(spec, config.memory.block_size, dtype.itemsize)
     given_reserve = config.memory.reserve_bytes
+    graphs = choose_graph_mode(config.device, *_available_modes(platform, kernels, spec))
+    sizes_for = exact_sizes if kernels.can_record or not kernels.can_capture else rounded_sizes
+
+    def graph_bytes(limits: StepLimits, rows: int) -> int:
+        return 0 if kernels.can_record else predicted_graph_bytes(graphs, sizes_for(limits, rows), spec.num_layers)
+
+    footprint = _footprint(source, platform, kernels, dtype, layout, graph_bytes)
     plan = make_plan(
         PlanRequest(
             memory=config.memory.memory or MemoryRequest(defaults.memory),
@@ -113,7 +121,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
             reserve_bytes=defaults.reserve_bytes if given_reserve is None else given_reserve,
             reserve_given=given_reserve is not None,
             layout=layout,
-            footprint=_footprint(source, platform, kernels, dtype, layout),
+            footprint=footprint,
             max_num_seqs=num_seqs,
             max_num_batched_tokens=num_tokens,
             max_model_len=_model_len(config, defaults, spec.max_position),
@@ -128,7 +136,6 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
             f"Without chunked prefill --max-num-batched-tokens {num_tokens} must hold a whole prompt; "
             f"raise it to {plan.limits.max_model_len} or lower --max-model-len."
         )
-    graphs = choose_graph_mode(config.device, *_available_modes(platform, kernels, spec))
     rows = logit_rows(spec, plan.limits, dtype.itemsize)
     return StartSettings(
         spec=spec,
@@ -137,7 +144,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
         heap_bytes=_heap_bytes(plan.limits, layout) if platform.capabilities.host_memory else 0,
         graphs=graphs,
         pipeline_depth=2 if platform.capabilities.async_tokens and kernels.can_capture else 1,
-        sizes=(exact_sizes if kernels.can_record or not kernels.can_capture else rounded_sizes)(plan.limits, rows),
+        sizes=sizes_for(plan.limits, rows),
     )
 
 
@@ -190,7 +197,14 @@ def _heap_bytes(limits: StepLimits, layout: KVLayout) -> int:
     return _HEAP_BYTES + tables + tokens * _HEAP_BYTES_PER_TOKEN
 
 
-def _footprint(source: ModelSource, platform: Platform, kernels: Kernels, dtype: torch.dtype, layout: KVLayout) -> Footprint:
+def _footprint(
+    source: ModelSource,
+    platform: Platform,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    layout: KVLayout,
+    graph_bytes: Callable[[StepLimits, int], int],
+) -> Footprint:
     """Everything but KV, from the arithmetic of the very objects that will be built."""
     spec = source.spec
     context_bytes = platform.reading().ours_bytes
@@ -211,6 +225,9 @@ def _footprint(source: ModelSource, platform: Platform, kernels: Kernels, dtype:
             starting = _STARTING_BYTES + limits.max_num_seqs * _STARTING_BYTES_PER_SEQ
             lines.append(LedgerLine("activations", "kernels and programs", starting, "predicted"))
             lines.append(LedgerLine("buffers", "set aside for requests", _heap_bytes(limits, layout), "predicted"))
+        else:
+            lines.append(LedgerLine("activations", "kernel images, allocator rounding", _ROUNDING_BYTES, "predicted"))
+            lines.append(LedgerLine("graphs", "captured steps", graph_bytes(limits, rows), "predicted"))
         return lines
 
     return Footprint(fixed=fixed, lines_for=lines_for, load_transient_bytes=3 * CHUNK_BYTES)
