@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from triton.backends.compiler import GPUTarget
 
@@ -28,7 +28,8 @@ _COMMAND = (sys.executable, "-m", "brim.kernels.triton.compile_process")
 class CompilePool:
     """A `CompileJob`. Begins at once, in threads that mostly wait: nothing here holds up the caller.
 
-    command: what starts a process; num_processes: at most so many, None: as many as there are cores to run on.
+    command: what starts a process; before: waited for before the cache is asked; num_processes: at most so many, None: as
+    many as there are cores to run on.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class CompilePool:
         num_processes: int | None = None,
         command: tuple[str, ...] = _COMMAND,
         time_limit_s: float = TIME_LIMIT_S,
+        before: Callable[[], None] | None = None,
     ) -> None:
+        self._before = before
         self._target = target
         self._variants = sorted(variants, key=lambda variant: (variant.cost_rank, variant.text))
         self._most = min(MAX_PROCESSES, num_processes or len(os.sched_getaffinity(0)))
@@ -74,6 +77,8 @@ class CompilePool:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._before is not None:
+            self._before()
         self._missing.extend(variant for variant in self._variants if not self._is_cached(variant))
         self._num_cached = len(self._variants) - len(self._missing)
         feeders = [threading.Thread(target=self._feed, daemon=True) for _ in range(min(self._most, len(self._missing)))]

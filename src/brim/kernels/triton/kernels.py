@@ -8,10 +8,12 @@ current when the kernels are made. Capture graphs on the stream that eager steps
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 
 from brim.errors import DeviceError
@@ -69,7 +71,11 @@ class TritonKernels(Kernels):
     ) -> None:
         """chip: what the device can do, asked of it where None. launch: what becomes of each call of a kernel."""
         self.device = torch.device(device)
-        self._cache_folder = None if self.device.type in ("cpu", "meta") else replace_unwritable_cache()
+        runs_here = self.device.type not in ("cpu", "meta")
+        self._cache_folder = replace_unwritable_cache() if runs_here else None
+        self._hashing = threading.Thread(target=triton_key, name="triton-key", daemon=True)  # of Triton itself: 0.4 s
+        if runs_here:
+            self._hashing.start()
         self.limits = limits
         self.chip = chip or Chip(core_count(self.device), _has_wide_products(self.device))
         self._launch = launch
@@ -91,7 +97,9 @@ class TritonKernels(Kernels):
         if self.device.type == "cpu":
             return None
         target = driver.active.get_current_target()
-        return TritonRehearsal(target, lambda device, launch: TritonKernels(device, self.limits, self.chip, launch))
+        return TritonRehearsal(
+            target, lambda device, launch: TritonKernels(device, self.limits, self.chip, launch), self._hashing.join
+        )
 
     def close(self) -> None:
         if self._cache_folder is not None:

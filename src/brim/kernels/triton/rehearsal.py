@@ -17,7 +17,11 @@ from brim.kernels.triton.variant import Variant, VariantList
 class TritonRehearsal:
     """A `Rehearsal` of the kernels that `make(device, launch)` builds, compiled for `target`."""
 
-    def __init__(self, target: GPUTarget, make: Callable[[torch.device, Launch], Kernels]) -> None:
+    def __init__(
+        self, target: GPUTarget, make: Callable[[torch.device, Launch], Kernels], before: Callable[[], None] | None = None
+    ) -> None:
+        """before: waited for in the background before Triton's cache is asked."""
+        self._before = before
         self._device = torch.device("meta")
         self._listed = VariantList(target)
         self._kernels = make(self._device, self._listed)
@@ -44,4 +48,4 @@ class TritonRehearsal:
 
     def compile(self) -> CompileJob:
         """See `Rehearsal`."""
-        return CompilePool(self._listed.variants, self._listed.target)
+        return CompilePool(self._listed.variants, self._listed.target, before=self._before)
