@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from brim.memory.arena.base import Arena
-from brim.memory.kv_layout import KVGroup, KVLayout
+from brim.memory.arena.view import MemoryView, group_views
+from brim.memory.kv_layout import KVLayout
 
 
 class KVCache:
     """Arenas in group order. Only the committed prefix of a layer view may be touched.
 
-    make_arenas builds one arena a group for `reach` blocks; make_views one view a layer of the group over its arena, of which
-    some is committed by then: a device may refuse a view that begins at an address without memory.
+    make_arenas builds one arena a group for `reach` blocks; memory_view is the platform's. Some blocks are committed before views
+    are made: a device may refuse a view that begins at an address without memory.
     """
 
     def __init__(
@@ -22,13 +24,16 @@ class KVCache:
         layout: KVLayout,
         reach: Sequence[int],
         committed: Sequence[int],
+        dtype: torch.dtype,
         make_arenas: Callable[[Sequence[int]], list[Arena]],
-        make_views: Callable[[Arena, KVLayout, KVGroup], list[Tensor]],
+        memory_view: MemoryView,
     ) -> None:
         self.layout = layout
         self.layer_views: list[Tensor] = []
         self._make_arenas = make_arenas
-        self._make_views = make_views
+        self._dtype = dtype
+        self._memory_view = memory_view
+        self._block_views: list[Tensor] = []
         self._arenas: list[Arena] = []
         self.rebuild(reach, committed)
 
@@ -39,7 +44,9 @@ class KVCache:
         self.resize(committed)
         views: dict[int, Tensor] = {}
         for arena, group in zip(self._arenas, self.layout.groups, strict=True):
-            views.update(zip(group.layers, self._make_views(arena, self.layout, group), strict=True))
+            memory = self._memory_view(arena.address, arena.max_blocks * group.block_bytes)
+            self._block_views.append(memory.view(arena.max_blocks, group.block_bytes))
+            views.update(zip(group.layers, group_views(memory, self.layout, group, self._dtype), strict=True))
         self.layer_views.extend(views[layer] for layer in sorted(views))
 
     @property
@@ -63,14 +70,13 @@ class KVCache:
         return self.committed_blocks
 
     def copy_block(self, group: int, source: int, target: int) -> None:
-        """Copy one block of a group over all its layers."""
-        for layer in self.layout.groups[group].layers:
-            view = self.layer_views[layer]
-            view[target].copy_(view[source])
+        """Copy one block of a group, all its layers in one run of bytes."""
+        self._block_views[group][target].copy_(self._block_views[group][source])
 
     def close(self) -> None:
         """Give the memory and the address ranges back; the views must not be used any more."""
         self.layer_views.clear()
+        self._block_views.clear()
         for arena in self._arenas:
             arena.close()
         self._arenas = []

@@ -20,7 +20,6 @@ from brim.engine.messages import StartupProgress
 from brim.errors import MemoryBudgetError, OutOfDeviceMemory
 from brim.kernels.base import Kernels
 from brim.memory.arena.factory import new_arenas
-from brim.memory.arena.view import group_views
 from brim.memory.kv_layout import KVLayout
 from brim.memory.ledger import Category
 from brim.memory.plan import MemoryPlan
@@ -348,8 +347,9 @@ def _new_cache(opened: OpenedDevice, reach: Sequence[int], committed: Sequence[i
         layout,
         reach,
         committed,
+        dtype,
         lambda counts: new_arenas(opened.platform, layout, counts),
-        lambda arena, of, group: group_views(arena, of, group, dtype, opened.platform.memory_view),
+        opened.platform.memory_view,
     )
 
 

@@ -238,12 +238,18 @@ def test_static_arena_takes_all_and_gives_nothing_back() -> None:
     assert account.held_bytes == 0
 
 
+def views_of(arena: Arena, group: KVGroup) -> list[torch.Tensor]:
+    """One view a layer over the whole range."""
+    whole = CpuPlatform().memory_view(arena.address, arena.max_blocks * group.block_bytes)
+    return group_views(whole, LAYOUT, group, torch.float32)
+
+
 @pytest.mark.parametrize("group_index", [0, 1])
 def test_views_stride_over_the_block(group_index: int) -> None:
     group = LAYOUT.groups[group_index]
     arena = MmapArena(group.block_bytes, 10)
     arena.resize(6)
-    views = group_views(arena, LAYOUT, group, torch.float32, CpuPlatform().memory_view)
+    views = views_of(arena, group)
     assert len(views) == len(group.layers)
     for view in views:
         assert view.shape == (10, 2, 4, 1, 8)
@@ -264,7 +270,7 @@ def test_views_stride_over_the_block(group_index: int) -> None:
 def test_views_do_not_touch_the_reserved_range() -> None:
     group = LAYOUT.groups[0]
     arena = MmapArena(group.block_bytes, 1 << 22)
-    views = group_views(arena, LAYOUT, group, torch.float32, CpuPlatform().memory_view)
+    views = views_of(arena, group)
     assert views[1].data_ptr() == arena.address + group.block_bytes // 2
     assert resident_bytes(arena.address, arena.reserved_bytes) == 0
     del views

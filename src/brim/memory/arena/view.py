@@ -10,25 +10,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from brim.memory.arena.base import Arena
 from brim.memory.kv_layout import KVGroup, KVLayout
 
 MemoryView = Callable[[int, int], Tensor]
 
 
-def group_views(arena: Arena, layout: KVLayout, group: KVGroup, dtype: torch.dtype, memory_view: MemoryView) -> list[Tensor]:
-    """One view [max_blocks, 2, block_size, kv_heads, head_dim] a layer of the group, in layer order.
+def group_views(memory: Tensor, layout: KVLayout, group: KVGroup, dtype: torch.dtype) -> list[Tensor]:
+    """One view [blocks, 2, block_size, kv_heads, head_dim] a layer of the group, in layer order, of an arena's whole range.
 
-    memory_view(address, num_bytes) is the platform's: a uint8 tensor over memory at an address of its device.
+    memory: uint8 [blocks * block bytes].
     A block is [layers, 2, block_size, kv_heads, head_dim] in one run, so a layer's view strides over the other layers.
     """
     assert dtype.itemsize == layout.element_bytes, f"{dtype} has not {layout.element_bytes} bytes"
-    assert arena.block_bytes == group.block_bytes, "the arena was made for another group"
+    assert memory.numel() % group.block_bytes == 0, "whole blocks of this group"
     block_size, heads, dim = layout.block_size, layout.num_kv_heads, layout.head_dim
     side = block_size * heads * dim  # elements of K, or of V, of one layer in one block
     block = group.block_bytes // dtype.itemsize
     assert block == 2 * side * len(group.layers), "group and layout disagree"
-    flat = memory_view(arena.address, arena.max_blocks * group.block_bytes).view(dtype)
-    shape = (arena.max_blocks, 2, block_size, heads, dim)
+    flat = memory.view(dtype)
+    shape = (memory.numel() // group.block_bytes, 2, block_size, heads, dim)
     strides = (block, side, heads * dim, dim, 1)
     return [flat.as_strided(shape, strides, 2 * side * index) for index in range(len(group.layers))]
