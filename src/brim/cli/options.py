@@ -75,6 +75,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("api_key", "--api-key", "Key that clients must send; may be repeated.", "server", "KEY", "list", default="none: open"),
     Flag("max_body_bytes", "--max-body-bytes", "Largest request body accepted, in bytes.", "server", "BYTES"),
     Flag("drain_seconds", "--drain-seconds", "How long a stopping server lets requests finish.", "server", "SECONDS"),
+    Flag("step_timeout_seconds", "--step-timeout-seconds",
+         "An engine that gives no sign of life for so long, and ten times the worst step tried, is started again; 0: never.",
+         "server", "SECONDS"),
     Flag("log_requests", "--log-requests/--no-log-requests", "Log one line a request on stderr.", "server", kind="switch"),
 )  # fmt: skip
 

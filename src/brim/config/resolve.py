@@ -215,7 +215,7 @@ def _check_range(raw_key: str, key: str, value: int) -> None:
         raise ConfigError(f"{_flag(raw_key)} {value} must be a power of two, for example 16.")
     if key == "port" and not 0 <= value <= 65535:
         raise ConfigError(f"{_flag(raw_key)} {value} is not a port; use 0 to 65535 (0 picks a free one).")
-    if key in {"seed", "drain_seconds"} and value < 0:
+    if key in {"seed", "drain_seconds", "step_timeout_seconds"} and value < 0:
         raise ConfigError(f"{_flag(raw_key)} {value} must not be negative.")
     largest = _LARGEST_SEED if key == "seed" else _LARGEST_COUNT
     if value > largest and key != "max_body_bytes":

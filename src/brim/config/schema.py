@@ -16,6 +16,7 @@ KernelChoice = Literal["auto", "torch", "native", "triton"]
 ArenaChoice = Literal["auto", "static"]
 GraphMode = Literal["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
 MemoryKind = Literal["max", "enough", "bytes", "fraction"]
+Feature = Literal["graphs", "compile", "virtual_memory", "vendor_kernels"]  # what a start can do without (`config.avoid`)
 
 MAX_LOGPROBS = 20  # alternatives a token may be asked to list, as in OpenAI's API
 
@@ -92,12 +93,26 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     drain_seconds: int = 30
+    step_timeout_seconds: int = (
+        60  # no sign of life for that long (and ten times the worst step proven): it hangs; 0: wait for ever
+    )
     log_requests: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Avoided:
+    """A feature that a start does without because it ended an engine process. most: the richest graph mode that may still be
+    used, "off" for other features. reason: a clause, `the engine died while capturing graphs (SIGABRT)`."""
+
+    feature: Feature
+    most: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrimConfig:
-    """Everything, frozen. `sources` maps a field name to where its value came from: flag, env NAME, file PATH, default."""
+    """Everything, frozen. `sources` maps a field name to where its value came from: flag, env NAME, file PATH, default; or
+    "avoided: REASON" where `avoided` changed it."""
 
     model: ModelConfig
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -105,3 +120,4 @@ class BrimConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     sources: dict[str, str] = field(default_factory=dict)
+    avoided: tuple[Avoided, ...] = ()
