@@ -16,9 +16,12 @@ import brim.errors as errors
 from brim.config.resolve import resolve
 from brim.config.schema import BrimConfig
 from brim.engine.completion import CompletionChunk, CompletionCollector, PositionScores, SequenceCompletion, Usage
+from brim.engine.core import EngineCore
 from brim.engine.messages import StartupProgress
 from brim.engine.output_processor import OutputProcessor
 from brim.engine.sampling_params import SamplingParams
+from brim.engine.start_watch import StartWatch
+from brim.errors import DeviceLost
 from brim.front import open_front
 from brim.runtime import build_engine_core
 
@@ -52,7 +55,7 @@ class LLM:
         started = time.perf_counter()
         with ThreadPoolExecutor(1, "brim-front") as pool:
             front = pool.submit(open_front, self.config)
-            self._core, self.info = build_engine_core(self.config, on_progress or _ignore, meanwhile=front.result)
+            self._core, self.info = _build(self.config, on_progress or _ignore, front.result)
             self._front = front.result()
         self.info["has_chat_template"] = self._front.chat_template is not None
         self.info["ready_s"] = round(time.perf_counter() - started, 3)
@@ -188,6 +191,17 @@ class LLM:
 
     def _show_progress(self, done: int, total: int) -> None:
         print(f"\r{done}/{total} requests", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _build(
+    config: BrimConfig, on_progress: Callable[[StartupProgress], None], meanwhile: Callable[[], object]
+) -> tuple[EngineCore, dict[str, Any]]:
+    """Nobody can start this process again where its device is lost: the error names what to try."""
+    watch = StartWatch()
+    try:
+        return build_engine_core(config, watch.noting(on_progress), meanwhile)
+    except DeviceLost as error:
+        raise DeviceLost(watch.hint(str(error))) from error
 
 
 def _ignore(progress: StartupProgress) -> None:

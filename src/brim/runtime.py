@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from brim.config.model_source import open_model
+from brim.config.avoid import StartUses, apply_recorded, said_of_record
+from brim.config.avoid_record import identity_of, read_record
+from brim.config.model_source import ModelSource, open_model
 from brim.config.resolve import known_fields
 from brim.config.schema import BrimConfig
 from brim.engine.block_manager import BlockManager
@@ -19,6 +23,7 @@ from brim.engine.scheduler import Scheduler
 from brim.engine.sequence_table import SequenceTable
 from brim.formats.cache_folder import cache_folder
 from brim.kernels.base import Kernels
+from brim.kernels.compiler import Backend
 from brim.kernels.select import KernelSelection, select_kernels
 from brim.kernels.triton.scratch import KernelLimits
 from brim.memory.certificate import Certificate, low_water_bytes
@@ -28,8 +33,20 @@ from brim.worker.device_worker import DeviceWorker
 from brim.worker.startup import start_worker
 
 
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made with: scripted parts in tests, these everywhere else."""
+
+    detect: Callable[[str], Platform] = detect
+    select_kernels: Callable[..., KernelSelection] = select_kernels
+    compile_backend: Backend = "inductor"
+
+
 def build_engine_core(
-    config: BrimConfig, on_progress: Callable[[StartupProgress], None], meanwhile: Callable[[], object] | None = None
+    config: BrimConfig,
+    on_progress: Callable[[StartupProgress], None],
+    meanwhile: Callable[[], object] | None = None,
+    parts: EngineParts | None = None,
 ) -> tuple[EngineCore, dict[str, Any]]:
     """An engine that is ready to serve, and what to say of it (plain JSON values).
 
@@ -39,7 +56,9 @@ def build_engine_core(
     Raises BrimError: the model cannot be used, it does not fit, or the device fails.
     """
     started = time.perf_counter()
-    platform = detect(config.device.device)
+    parts = parts or EngineParts()
+    platform = parts.detect(config.device.device)
+    config, identity = _without_what_died(config, platform)
     if config.device.arena == "static":
         platform.restrict(reserve_commit=False, arena_backend="static")
     source = open_model(config.model)
@@ -48,13 +67,34 @@ def build_engine_core(
     def make_kernels(max_num_seqs: int) -> Kernels:
         spec, native = source.spec, config.device.kernels != "torch"
         limits = KernelLimits(max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
-        selection = select_kernels(platform.torch_device(), config.device.num_threads, spec.head_dim, native, limits)
+        selection = parts.select_kernels(platform.torch_device(), config.device.num_threads, spec.head_dim, native, limits)
         selections.append(selection)
         if meanwhile is not None:
             meanwhile()
         return selection.kernels
 
-    worker = start_worker(config, platform, make_kernels, source, on_progress)
+    asked = StartUses(compile=config.device.compile, vendor_kernels=config.device.kernels != "torch")
+    on_progress(StartupProgress("open", "reading the device", identity=identity, uses=asked))
+    worker = start_worker(config, platform, make_kernels, source, on_progress, parts.compile_backend)
+    core = _core_over(config, platform, worker, source)
+    info = _describe(config, platform, worker, selections[-1], time.perf_counter() - started)
+    info["certificate"] = _certify(config, platform, worker)
+    return core, info
+
+
+def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConfig, dict[str, str]]:
+    """The configuration without what ended an earlier engine of this kind (said in one line), and which kind it is."""
+    versions = {name: version(name) for name in ("brim", "torch")}
+    identity = identity_of(platform.name, platform.describe(), versions, config.model)
+    changed = apply_recorded(config, read_record(identity))
+    if changed is not config:
+        new = [one for one in changed.avoided if one not in config.avoided]
+        print(f"brim: {said_of_record(new)}", file=sys.stderr, flush=True)
+    return changed, identity
+
+
+def _core_over(config: BrimConfig, platform: Platform, worker: DeviceWorker, source: ModelSource) -> EngineCore:
+    """Scheduler, blocks and loop over a proven worker."""
     plan = worker.ready.plan
     limits = EngineLimits(
         max_num_seqs=plan.limits.max_num_seqs,
@@ -68,16 +108,13 @@ def build_engine_core(
     caching = config.memory.enable_prefix_caching
     capacity = worker.ready.capacity_blocks if platform.capabilities.reserve_commit else None
     blocks = BlockManager(layout, worker.committed_blocks, table, enable_prefix_caching=caching, capacity=capacity)
-    core = EngineCore(
+    return EngineCore(
         Scheduler(limits, blocks, table),
         worker,
         vocab_size=source.spec.vocab_size,
         eos_token_ids=source.eos_token_ids,
         seed=config.model.seed,
     )
-    info = _describe(config, platform, worker, selections[-1], time.perf_counter() - started)
-    info["certificate"] = _certify(config, platform, worker)
-    return core, info
 
 
 def _certify(config: BrimConfig, platform: Platform, worker: DeviceWorker) -> str | None:
@@ -96,6 +133,7 @@ def _certify(config: BrimConfig, platform: Platform, worker: DeviceWorker) -> st
         sources=config.sources,
         device=platform.describe(),
         versions={name: version(name) for name in ("brim", "torch", "numpy")},
+        avoided=config.avoided,
     )
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", config.model.model).strip("-.")[-80:] or "model"
     try:
@@ -110,6 +148,7 @@ def _describe(
     opened = worker.ready.warm.reserved.loaded.opened
     settings, kernels = opened.settings, opened.kernels
     plan, spec = worker.ready.plan, settings.spec
+    avoided = {one.feature: f"avoided: {one.reason}" for one in config.avoided}
     return {
         "model": config.model.model,
         "family": spec.family,
@@ -117,11 +156,12 @@ def _describe(
         "dtype": str(settings.dtype).removeprefix("torch."),
         "device": platform.describe(),
         "kernels": kernels.name,
-        "kernels_reason": selection.fallback_reason,
+        "kernels_reason": avoided.get("vendor_kernels", selection.fallback_reason),
         "num_threads": getattr(kernels, "num_threads", None),
-        "compile": worker.ready.warm.compiling.text,
+        "compile": f"off: {avoided['compile']}" if "compile" in avoided else worker.ready.warm.compiling.text,
         "graph_mode": settings.graphs.mode,
-        "graph_mode_reason": settings.graphs.reason,
+        "graph_mode_reason": avoided.get("graphs", settings.graphs.reason),
+        "avoided": [asdict(one) for one in config.avoided],
         "decode_programs": worker.num_programs,
         "vocab_size": spec.vocab_size,
         "eos_token_ids": list(spec.eos_token_ids),

@@ -5,7 +5,7 @@ built is given (`brim.engine_main` gives the real one).
 
     idle                  blocked on the socket: no CPU
     work                  messages that have arrived, then one step, then one StepOutputs
-    a BrimError           EngineFailed, exit 1
+    a BrimError           EngineFailed, exit 1; nothing is closed: what failed may hang in it, and the system takes all back
     the parent is gone    exit at once: stdin ends, and the kernel kills where it can
 """
 
@@ -60,10 +60,8 @@ def run_engine_process(build: BuildCore) -> int:
     channel = ZmqEngineChannel(launch.address, launch.server_key)
     try:
         core, info = build(launch.config, channel.send)
-        try:
-            serve_engine(core, info, channel)
-        finally:
-            core.close()
+        serve_engine(core, info, channel)
+        core.close()
     except BrimError as error:
         channel.send(describe_failure(error))
         return 1
@@ -115,7 +113,7 @@ def _reply(core: EngineCore, call: ControlCall) -> ControlReply:
         return ControlReply(call.call_id, {**core.stats(), "kv": core.memory_stats()})
     if call.name == "drain":
         core.drain()
-    elif call.name != "shutdown":
+    elif call.name not in ("shutdown", "ping"):
         return ControlReply(call.call_id, {}, f"The engine knows no call '{call.name}'.")
     return ControlReply(call.call_id, {})
 

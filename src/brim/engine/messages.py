@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from brim.config.avoid import StartUses
 from brim.engine.sampling_params import SamplingParams
 from brim.memory.ledger import Ledger
 
@@ -93,11 +94,15 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class StartupProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A phase of start-up began, advanced or ended: for people, on stderr."""
+    """A phase of start-up began, advanced or ended: for people, on stderr, and for who watches over the start.
+
+    identity: what the start is of (`config.avoid_record.identity_of`); uses: the features it uses; None: as said before."""
 
     phase: str
     text: str
     fraction: float | None = None
+    identity: dict[str, str] | None = None
+    uses: StartUses | None = None
 
 
 ToEngine = AddRequest | AbortRequest | ControlCall

@@ -2,34 +2,41 @@
 
     starting -> ready -> down -> starting ... -> stopped
 
-The first start may fail for good (its BrimError is raised); later ones are tried again and again, with growing pauses.
+A start that dies is tried again at once without the feature its last phase puts under suspicion (`config.avoid`), as long as
+there is one and --strict is not given; what was taken away is recorded when the engine serves. Else the first start fails for
+good (its BrimError is raised) and later ones are tried again and again, with growing pauses. An engine that says nothing for
+longer than its phase, or its worst step, explains is killed: that is a death like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 import brim.errors as errors
-from brim.config.schema import BrimConfig
-from brim.engine.engine_process import EngineLaunch
-from brim.engine.messages import ControlCall, EngineFailed, EngineReady, FromEngine, StartupProgress, ToEngine
-from brim.engine.transport import FrontChannel
+from brim.config.avoid import DOING, apply_avoided, flag_for, merge, said_of_death, without
+from brim.config.avoid_record import write_record
+from brim.config.schema import Avoided, BrimConfig
+from brim.engine.engine_child import EngineProcess
+from brim.engine.messages import ControlCall, ControlReply, EngineFailed, EngineReady, FromEngine, StartupProgress, ToEngine
+from brim.engine.start_watch import SilenceLimits, StartWatch
 from brim.errors import BrimError, EngineDead, EngineError, MemoryBudgetError, OutOfDeviceMemory
 
 ENGINE_COMMAND = (sys.executable, "-m", "brim.engine_main")
 State = Literal["starting", "ready", "down", "stopped"]
-_LAST_WORDS_S = 0.1
-_STDERR = 2
+# What an engine process says of itself before it ends, where a feature may be to blame; "EngineError": an internal error, such as
+# one of a vendor's library that nobody knows. Others (settings, models, memory) are answers, not deaths.
+_DEATHS = frozenset({"DeviceLost", "DeviceError", "EngineError"})
+_PING_ID = -1
+_CHECKS = 8  # of silence, within its limit
+_SHORTEST_CHECK_S, _LONGEST_CHECK_S = 0.05, 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,89 +52,6 @@ class RestartPolicy:
         return min(self.most_pause_s, self.first_pause_s * float(1 << min(num_failures - 1, 30)))
 
 
-class EngineProcess:
-    """One life of the engine process."""
-
-    def __init__(self, process: asyncio.subprocess.Process, channel: FrontChannel) -> None:
-        self._process = process
-        self._channel = channel
-        self.failure: EngineFailed | None = None
-
-    @classmethod
-    async def spawn(cls, command: Sequence[str], config: BrimConfig) -> EngineProcess:
-        """Start it; its settings go over stdin, without the server's keys. Its output goes to stderr."""
-        channel = FrontChannel()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=subprocess.PIPE, stdout=_STDERR, start_new_session=True
-            )
-        except OSError as error:
-            channel.close()
-            raise EngineError(f"The engine process could not be started: {error}.") from error
-        private = replace(config, server=replace(config.server, api_keys=()))
-        assert process.stdin is not None, "its stdin is a pipe"
-        launch = EngineLaunch(channel.address, os.getpid(), private, channel.server_key)
-        process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        with contextlib.suppress(ConnectionError):
-            await process.stdin.drain()
-        return cls(process, channel)
-
-    @property
-    def pid(self) -> int:
-        """Of the process, for tests and people."""
-        return self._process.pid
-
-    def send(self, message: ToEngine) -> None:
-        """Queue a message; never blocks."""
-        self._channel.send(message)
-
-    async def run(self, on_message: Callable[[FromEngine], None]) -> str:
-        """Give every message to `on_message` until the process ends; returns how it ended, a clause."""
-        reading = asyncio.create_task(self._read(on_message))
-        ending = asyncio.create_task(self._process.wait())
-        try:
-            await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if reading.done():  # a message that cannot be read, or a bug of ours: this process is of no more use
-                self.kill()
-                reading.result()
-            status = await ending
-        finally:
-            reading.cancel()
-            ending.cancel()
-            await asyncio.wait({reading, ending})
-        for message in await self._channel.receive_rest(_LAST_WORDS_S):
-            self._note(message, on_message)
-        if self.failure is not None:
-            return self.failure.message
-        return f"it was killed by signal {-status}" if status < 0 else f"it ended with status {status}"
-
-    async def _read(self, on_message: Callable[[FromEngine], None]) -> None:
-        while True:
-            self._note(await self._channel.receive(), on_message)
-
-    def _note(self, message: FromEngine, on_message: Callable[[FromEngine], None]) -> None:
-        if isinstance(message, EngineFailed):
-            self.failure = message
-        else:
-            on_message(message)
-
-    def kill(self) -> None:
-        """End it now."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-
-    async def close(self, grace_s: float) -> None:
-        """End it, kindly for at most `grace_s`, and free the socket."""
-        if grace_s and self._process.returncode is None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s)
-        self.kill()
-        await self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._channel.close()
-
-
 class Supervisor:
     """Starts an engine process, tells what it says, notices its end and starts it again.
 
@@ -136,7 +60,12 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: BrimConfig, *, command: Sequence[str] = ENGINE_COMMAND, policy: RestartPolicy | None = None
+        self,
+        config: BrimConfig,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        policy: RestartPolicy | None = None,
+        silence: SilenceLimits | None = None,
     ) -> None:
         self.on_message: Callable[[FromEngine], None] = _ignore
         self.on_down: Callable[[EngineDead], None] = _ignore
@@ -147,6 +76,10 @@ class Supervisor:
         self._config = config
         self._command = tuple(command)
         self._policy = policy or RestartPolicy()
+        self._silence = silence or SilenceLimits()
+        self._watch = StartWatch()
+        self._avoided: tuple[Avoided, ...] = ()
+        self._was_heard = False
         self._on_progress: Callable[[StartupProgress], None] = _ignore
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
@@ -194,25 +127,21 @@ class Supervisor:
     async def _supervise(self, started: asyncio.Future[dict[str, Any]]) -> None:
         num_failures = 0
         while not self._is_stopped:
-            process = None
-            try:
-                process = await EngineProcess.spawn(self._command, self._config)
-                how = await self._live(process, started)
-            except BrimError as error:
-                how = str(error)
-            except msgspec.MsgspecError as error:
-                how = f"it sent what cannot be read: {error}"
-            finally:
-                self._process = None
-                if process is not None:
-                    await process.close(0)
+            how, process = await self._one_life(started)
             if self._is_stopped:
                 break
+            served = self.state == "ready"
+            avoided = None if served or process is None else self._blame(process)
+            if avoided is not None and not self._config.device.strict:
+                self._avoided = merge(self._avoided, (avoided,))
+                print(f"brim: {said_of_death(avoided)}", file=sys.stderr, flush=True)
+                self.num_restarts += 1
+                continue
             if not started.done():
-                started.set_exception(_start_error(process.failure if process is not None else None, how))
+                failure = process.failure if process is not None else None
+                started.set_exception(_start_error(failure, how, self._watch.phase, avoided))
                 self.state, self.reason = "stopped", f"The engine could not start: {how}"
                 return
-            served = self.state == "ready"
             stable = served and time.monotonic() - self._ready_s > self._policy.stable_s
             num_failures = 1 if stable else num_failures + 1
             pause_s = self._policy.pause_s(num_failures)
@@ -222,25 +151,82 @@ class Supervisor:
         if not started.done():
             started.set_exception(EngineDead(self.reason))
 
+    async def _one_life(self, started: asyncio.Future[dict[str, Any]]) -> tuple[str, EngineProcess | None]:
+        """From a process's start to its end: how it ended, a clause; None where there was none."""
+        process = None
+        self._watch, self._was_heard = StartWatch(), False
+        try:
+            process = await EngineProcess.spawn(self._command, apply_avoided(self._config, self._avoided))
+            how = await self._live(process, started)
+        except BrimError as error:
+            how = str(error)
+        except msgspec.MsgspecError as error:
+            how = f"it sent what cannot be read: {error}"
+        finally:
+            self._process = None
+            if process is not None:
+                await process.close(0)
+        return how, process
+
+    def _blame(self, process: EngineProcess) -> Avoided | None:
+        """What to do without after a start that died; None where it said why it cannot start, or nothing is left."""
+        if process.failure is not None and process.failure.kind not in _DEATHS:
+            return None
+        return self._watch.blame(process.how) if process.how else None
+
     async def _live(self, process: EngineProcess, started: asyncio.Future[dict[str, Any]]) -> str:
         self._process = process
 
         def take(message: FromEngine) -> None:
+            self._was_heard = True
             if isinstance(message, EngineReady):
                 if self._is_stopped:
                     return
-                self.info, self.state, self.reason = message.info, "ready", ""
-                self._ready_s = time.monotonic()
+                self._become_ready(message)
                 if not started.done():
                     started.set_result(message.info)
                 else:
                     print("brim: the engine is back.", file=sys.stderr, flush=True)
             elif isinstance(message, StartupProgress):
+                self._watch.note(message)
                 self._on_progress(message)
-            else:
+            elif not (isinstance(message, ControlReply) and message.call_id == _PING_ID):
                 self.on_message(message)
 
-        return await process.run(take)
+        listening = asyncio.create_task(self._listen_for_life(process))
+        try:
+            return await process.run(take)
+        finally:
+            listening.cancel()
+            await asyncio.wait({listening})
+
+    def _become_ready(self, message: EngineReady) -> None:
+        self._watch.note_ready()
+        self.info, self.state, self.reason = message.info, "ready", ""
+        self._ready_s = time.monotonic()
+        if self._avoided and self._watch.identity:
+            write_record(self._watch.identity, self._avoided)
+
+    async def _listen_for_life(self, process: EngineProcess) -> None:
+        """Kill a process that is silent for too long. Silence is counted in checks: time in which this process itself was
+        stopped, or did not come to listen, is not held against the engine."""
+        silent_s = 0.0
+        while True:
+            limit_s = self._silence_limit_s()
+            pause_s = min(_LONGEST_CHECK_S, max(_SHORTEST_CHECK_S, (limit_s or _LONGEST_CHECK_S) / _CHECKS))
+            if limit_s is not None and self.state == "ready" and (self._was_heard or not silent_s):
+                process.send(ControlCall(_PING_ID, "ping"))
+            self._was_heard = False
+            await asyncio.sleep(pause_s)
+            silent_s = 0.0 if self._was_heard else silent_s + pause_s
+            if limit_s is not None and silent_s >= limit_s:
+                process.kill(f"it gave no sign of life for {silent_s:.3g} s")
+                return
+
+    def _silence_limit_s(self) -> float | None:
+        if self.state == "ready":
+            return self._watch.step_limit_s(self._config.server.step_timeout_seconds)
+        return self._silence.of_start(self._watch.phase)
 
     def _go_down(self, how: str, pause_s: float, served: bool) -> None:
         how = how.rstrip(".")
@@ -261,11 +247,17 @@ def named_error(failure: EngineFailed) -> BrimError:
     return kind(failure.message)
 
 
-def _start_error(failure: EngineFailed | None, how: str) -> BrimError:
-    """What stopped the first start: what the engine said, or that it said nothing."""
+def _start_error(failure: EngineFailed | None, how: str, phase: str, avoided: Avoided | None) -> BrimError:
+    """What stopped the first start: what the engine said, or that it said nothing. avoided: what --strict will not do without."""
+    if avoided is not None:
+        return EngineError(
+            f"{avoided.reason[:1].upper()}{avoided.reason[1:]}, and --strict refuses to start {without(avoided)}; start with "
+            f"{flag_for(avoided)}, or drop --strict."
+        )
     if failure is not None:
         return named_error(failure)
-    return EngineError(f"The engine process could not start: {how}. Its own output says more.")
+    doing = f" while {DOING[phase]}" if phase in DOING else ""
+    return EngineError(f"The engine process could not start: {how}{doing}. Its own output says more.")
 
 
 def _ignore(_: object) -> None:

@@ -9,10 +9,11 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from brim.config.schema import Avoided
 from brim.memory.ledger import CATEGORIES, OURS, Category, Ledger
 from brim.memory.plan import MemoryPlan
 from brim.memory.profiling import PhaseRecord
@@ -45,7 +46,8 @@ def compare(predicted: Ledger, measured: Ledger) -> tuple[Comparison, ...]:
 class Certificate:
     """plan.ledger is the prediction; ledger is the account after prove. peak_ours_bytes: the most held while proving.
 
-    low_water_bytes: the least free memory during prove, the reserve's real size.
+    low_water_bytes: the least free memory during prove, the reserve's real size. avoided: what this start did without because
+    it ended an earlier one.
     """
 
     plan: MemoryPlan
@@ -57,6 +59,7 @@ class Certificate:
     sources: Mapping[str, str]
     device: Mapping[str, object]
     versions: Mapping[str, str]
+    avoided: tuple[Avoided, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -85,6 +88,7 @@ class Certificate:
             "settings": {name: {"value": value, "source": self.sources.get(name, "")} for name, value in self.settings.items()},
             "device": dict(self.device),
             "versions": dict(self.versions),
+            "avoided": [asdict(one) for one in self.avoided],
         }
 
     def write(self, folder: Path, name: str = "certificate") -> Path:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from brim.config.avoid import StartUses
 from brim.config.model_source import ModelSource
 from brim.config.model_spec import ModelSpec
 from brim.config.schema import BrimConfig, GraphMode, MemoryRequest
@@ -17,6 +18,7 @@ from brim.engine.messages import StartupProgress
 from brim.errors import ConfigError
 from brim.kernels.base import Kernels
 from brim.kernels.compiler import Backend
+from brim.kernels.torch_ref import TorchKernels
 from brim.layers.weights import weights_num_bytes
 from brim.memory.footprint import Footprint, fixed_lines
 from brim.memory.kv_layout import KVLayout
@@ -80,6 +82,7 @@ def start_worker(
         kernels = compiling.kernels(make_kernels(_step_sizes(config, platform.default_limits())[0]), model_device)
         settings = replace(plan_start(config, platform, kernels, source), compiling=compiling)
         platform.set_cap(settings.plan.ceiling_bytes)
+    on_progress(StartupProgress("open", "the plan is made", uses=_uses(platform, kernels, settings)))
     ahead = compile_ahead(kernels, source.spec, settings.limits, settings.layout, settings.dtype)
     opened = OpenedDevice(platform, kernels, settings, profiler, on_progress, ahead)
 
@@ -145,6 +148,17 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
         graphs=graphs,
         pipeline_depth=2 if platform.capabilities.async_tokens and kernels.can_capture else 1,
         sizes=sizes_for(plan.limits, rows),
+    )
+
+
+def _uses(platform: Platform, kernels: Kernels, settings: StartSettings) -> StartUses:
+    """What may have to be done without, should this start die."""
+    return StartUses(
+        graph_mode=settings.graphs.mode,
+        graph_modes=_available_modes(platform, kernels, settings.spec)[0],
+        compile=settings.compiling.compiler is not None,
+        virtual_memory=platform.capabilities.reserve_commit,
+        vendor_kernels=kernels.name != TorchKernels.name,
     )
 
 
