@@ -5,12 +5,25 @@ Source: CUDA driver API reference, "Virtual Memory Management" (cuMemAddressRese
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
-from brim.errors import DeviceError, OutOfDeviceMemory
+from brim.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from brim.units import format_bytes
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+# After these the context is dead: uncorrectable memory or link, illegal address, launch timeout, assert, failed kernels
+_LOST = frozenset({214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719})
+
+
+def is_driver_installed() -> bool:
+    """Whether the driver's library can be loaded: milliseconds, no context, and no framework imported to find out."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 class CudaDriver:
@@ -19,6 +32,7 @@ class CudaDriver:
     def __init__(self, device_index: int, bindings: Any) -> None:
         self._bindings = bindings
         self._index = device_index
+        self._call("cuInit", 0)
         self._allocation = bindings.CUmemAllocationProp()
         self._allocation.type = bindings.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._allocation.location.type = bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -31,6 +45,8 @@ class CudaDriver:
         code, *results = getattr(self._bindings, name)(*arguments)
         if int(code) == _OUT_OF_MEMORY:
             raise OutOfDeviceMemory(f"The driver has no memory for {name}.")
+        if int(code) in _LOST:
+            raise DeviceLost(f"The device failed and this process can no longer use it: {name} says {code}.")
         if int(code):
             raise DeviceError(f"The driver refused {name}: {code}.")
         return results[0] if len(results) == 1 else None if not results else tuple(results)
@@ -39,6 +55,11 @@ class CudaDriver:
         """A device attribute by the driver's own name (CU_DEVICE_ATTRIBUTE_...)."""
         key = getattr(self._bindings.CUdevice_attribute, name)
         return int(self._call("cuDeviceGetAttribute", key, self._call("cuDeviceGet", self._index)))
+
+    def has_context(self) -> bool:
+        """Whether this process already uses the device; asking creates nothing."""
+        _, is_active = self._call("cuDevicePrimaryCtxGetState", self._call("cuDeviceGet", self._index))
+        return bool(is_active)
 
     def granularity_bytes(self) -> int:
         """Handles are whole multiples of this."""
@@ -80,5 +101,9 @@ class CudaDriver:
         self._call("cuMemUnmap", address, num_bytes)
 
     def synchronize(self) -> None:
-        """Wait for all work of the context: what is unmapped must not be in use."""
+        """Wait for all work of the context: what is unmapped must not be in use. On any thread."""
+        if int(self._call("cuCtxGetCurrent")) == 0:  # a thread that has not used the device yet
+            device = self._call("cuDeviceGet", self._index)
+            self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", device))
+            self._call("cuDevicePrimaryCtxRelease", device)  # the framework keeps it alive
         self._call("cuCtxSynchronize")

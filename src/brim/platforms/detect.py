@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from brim.errors import BrimError, ConfigError, DeviceError
 from brim.platforms.base import Platform
 from brim.platforms.cpu import CpuPlatform
+from brim.platforms.cuda_driver import is_driver_installed
 from brim.platforms.fake import FakeDevice, FakePlatform
 
 GROUP = "brim.platforms"
@@ -24,6 +25,8 @@ def _fake() -> Platform:
 
 
 def _cuda() -> Platform:
+    if not is_driver_installed():  # before torch is imported to find that out
+        raise DeviceError("No CUDA device: the driver is not installed.")
     from brim.platforms.cuda import open_cuda  # optional part: torch, and the vendor's libraries
 
     return open_cuda()

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_TOTAL_TOLERANCE = 20  # one part in: an H100 is 81,559 MiB here and 81,079 MiB to CUDA; a slice is at most about half
+
 
 class Nvml:
     """One device, by its UUID as CUDA names it. `library` is pynvml, or a scripted stand-in."""
@@ -46,21 +48,41 @@ class Nvml:
 
     def free_bytes(self) -> int | None:
         """Free memory of the device; needs no context of our own."""
-        if not self.works:
-            return None
-        info = self._try(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle))
+        info = self._memory()
         return None if info is None else int(info.free)
 
+    def is_of(self, total_bytes: int) -> bool:
+        """Whether the library's total is that of CUDA's device of total_bytes, and not of the card it is a slice of."""
+        info = self._memory()
+        return info is not None and abs(int(info.total) - total_bytes) * _TOTAL_TOLERANCE <= total_bytes
+
     def process_bytes(self) -> dict[int, int] | None:
-        """Bytes by process id; None where the library lists no processes or does not know what one of them holds."""
+        """Bytes by process id, of those whose bytes are known; None where the library lists no processes."""
         if not self.works:
             return None
         listed = self._try(lambda: self._library.nvmlDeviceGetComputeRunningProcesses(self._handle))
-        if listed is None or any(process.usedGpuMemory is None for process in listed):
+        if listed is None:
             return None
-        return {int(process.pid): int(process.usedGpuMemory) for process in listed}
+        return {int(process.pid): int(process.usedGpuMemory) for process in listed if process.usedGpuMemory is not None}
 
     def driver_version(self) -> str | None:
         """As the library writes it."""
         version = self._try(self._library.nvmlSystemGetDriverVersion)
         return version.decode() if isinstance(version, bytes) else version
+
+    def cuda_version(self) -> str | None:
+        """The newest CUDA that the driver speaks, "13.0"; None where it does not say."""
+        number = self._try(self._library.nvmlSystemGetCudaDriverVersion)
+        return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
+
+    def error_correction(self) -> bool | None:
+        """Whether memory is error-corrected (ECC), which takes a part of it on some cards; None where that is not known."""
+        if not self.works:
+            return None
+        modes = self._try(lambda: self._library.nvmlDeviceGetEccMode(self._handle))
+        return None if modes is None else bool(modes[0])
+
+    def _memory(self) -> Any:
+        if not self.works:
+            return None
+        return self._try(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle))

@@ -105,9 +105,11 @@ class Arena(ABC):
         held_bytes = self.committed_bytes
         self._closed = True
         self._committed_blocks = 0
-        self._release()
-        if held_bytes:
-            self._account(-held_bytes)
+        try:
+            self._release()
+        finally:
+            if held_bytes:
+                self._account(-held_bytes)
 
     @abstractmethod
     def _back(self, start_bytes: int, end_bytes: int) -> None:

@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from brim.errors import OutOfDeviceMemory
 from brim.memory.arena.base import Account, Arena, no_account
 from brim.units import MIB
 
@@ -73,7 +72,11 @@ class CudaArena(Arena):
         return min(self.max_blocks, self.committed_bytes // self.block_bytes)
 
     def resize(self, num_blocks: int, *, keep_content: bool = True) -> None:
-        """Back the first num_blocks blocks. Without keep_content nothing beyond them is backed, and content may be lost."""
+        """Back the first num_blocks blocks. Without keep_content nothing beyond them is backed, and content may be lost.
+
+        The driver rounds to its granularity, so a few blocks more may be backed than were asked for; committed_blocks counts
+        them. Raises OutOfDeviceMemory; what was backed before stays, but for a handle that an exact shrink gave up first.
+        """
         assert not self.closed, "a closed arena cannot be resized"
         assert 0 <= num_blocks <= self.max_blocks, f"{num_blocks} of {self.max_blocks} blocks"
         wanted_bytes = self.bytes_for(num_blocks)
@@ -85,22 +88,27 @@ class CudaArena(Arena):
             try:
                 self._back(self.committed_bytes, wanted_bytes)
             except BaseException:
-                self._account(-more_bytes)
+                self._account(self.committed_bytes - wanted_bytes)
                 raise
 
     def _shrink(self, wanted_bytes: int, *, keep_content: bool) -> None:
         """Unmap handles from the end; the one that straddles wanted_bytes goes only where content does not matter."""
         before_bytes = self.committed_bytes
+        if keep_content and self._handles[-1].start_bytes < wanted_bytes:
+            return
         self._driver.synchronize()
-        while self._handles and self._handles[-1].end_bytes > wanted_bytes:
-            if keep_content and self._handles[-1].start_bytes < wanted_bytes:
-                break
-            self._drop_last()
-        self._account(self.committed_bytes - before_bytes)
+        try:
+            while self._handles and self._handles[-1].end_bytes > wanted_bytes:
+                if keep_content and self._handles[-1].start_bytes < wanted_bytes:
+                    break
+                self._drop_last()
+        finally:
+            self._account(self.committed_bytes - before_bytes)
 
     def _drop_last(self) -> None:
-        handle = self._handles.pop()
+        handle = self._handles[-1]
         self._driver.unmap(self._address + handle.start_bytes, handle.num_bytes)
+        self._handles.pop()  # only now: where the driver refuses, the bytes are still ours
         self._driver.release(handle.memory)
 
     def _back(self, start_bytes: int, end_bytes: int) -> None:
@@ -116,7 +124,7 @@ class CudaArena(Arena):
                     raise
                 self._handles.append(_Handle(start_bytes, num_bytes, memory))
                 start_bytes += num_bytes
-        except OutOfDeviceMemory:
+        except BaseException:
             while len(self._handles) > kept:
                 self._drop_last()
             raise
@@ -125,10 +133,12 @@ class CudaArena(Arena):
         raise AssertionError("handles are dropped by resize")
 
     def _release(self) -> None:
-        self._driver.synchronize()
-        while self._handles:
-            self._drop_last()
-        self._driver.free_range(self._address, self.reserved_bytes)
+        try:
+            self._driver.synchronize()
+        finally:  # a device that fails while it is waited for may still take its memory back
+            while self._handles:
+                self._drop_last()
+            self._driver.free_range(self._address, self.reserved_bytes)
 
     def __del__(self) -> None:
         if hasattr(self, "_address"):
