@@ -102,6 +102,7 @@ class Platform(ABC):
     def __init__(self) -> None:
         self._cap_bytes: int | None = None
         self._arena_bytes = 0
+        self.reasons: dict[str, str] = {}  # capability -> why it is missing, in one sentence; empty where nothing is to be said
 
     @abstractmethod
     def reading(self) -> MemoryReading:

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 
 from brim.errors import BrimError, ConfigError, DeviceError
+from brim.platforms import hip_driver, level_zero
 from brim.platforms.base import Platform
 from brim.platforms.cpu import CpuPlatform
 from brim.platforms.cuda_driver import is_driver_installed
@@ -32,6 +33,22 @@ def _cuda() -> Platform:
     return open_cuda()
 
 
+def _rocm() -> Platform:
+    if not hip_driver.is_device_present():
+        raise DeviceError("No ROCm device: the kernel shows none.")
+    from brim.platforms.rocm import open_rocm  # optional part: torch, and the vendor's libraries
+
+    return open_rocm()
+
+
+def _xpu() -> Platform:
+    if not level_zero.is_device_present():
+        raise DeviceError("No XPU device: the kernel shows no graphics device.")
+    from brim.platforms.xpu import open_xpu  # optional part: torch, and the vendor's libraries
+
+    return open_xpu()
+
+
 def _load(point: EntryPoint) -> Platform:
     platform = point.load()()
     if not isinstance(platform, Platform):
@@ -39,7 +56,7 @@ def _load(point: EntryPoint) -> Platform:
     return platform
 
 
-BUILT_IN: Mapping[str, Factory] = {"cpu": CpuPlatform, "cuda": _cuda, "fake": _fake}
+BUILT_IN: Mapping[str, Factory] = {"cpu": CpuPlatform, "cuda": _cuda, "fake": _fake, "rocm": _rocm, "xpu": _xpu}
 # Tried in this order for "auto"; accelerators of third parties come before all of them, the fake is never chosen.
 PREFERENCE = ("cuda", "rocm", "xpu", "cpu")
 

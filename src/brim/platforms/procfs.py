@@ -44,6 +44,14 @@ class ProcFiles:
                 total += int(end, 16) - int(start, 16)
         return total
 
+    def loaded_library(self, name: str) -> str | None:
+        """The file of a shared library that this process has mapped, by how the file's name begins."""
+        for line in (read_text(self._proc / "self" / "maps") or "").splitlines():
+            _, slash, path = line.partition("/")
+            if slash and path.rpartition("/")[2].startswith(name):
+                return slash + path
+        return None
+
     def cpu_model(self) -> str:
         """The processor's name; "unknown" where /proc/cpuinfo does not say."""
         return self._cpu_field("model name") or self._cpu_field("Model") or "unknown"

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tests.unit.platforms.scripted_gpu import PID, TOTAL_BYTES, UUID, Opened, ScriptedGpu, ScriptedNvml
 
 from brim.errors import DeviceError, OutOfDeviceMemory
-from brim.memory.arena.cuda_arena import CudaArena
 from brim.memory.arena.factory import new_arena
+from brim.memory.arena.virtual_arena import VirtualArena
 from brim.platforms import cuda
 from brim.platforms.cuda import CudaPlatform
 from brim.platforms.cuda_driver import CudaDriver
-from brim.platforms.cuda_share import CONTEXT_BYTES, MOST_REMAINDER_BYTES
 from brim.platforms.nvml import Nvml
+from brim.platforms.process_share import CONTEXT_BYTES, MOST_REMAINDER_BYTES
 from brim.units import GIB, MIB
 
 
@@ -43,7 +43,7 @@ def test_a_plain_gpu_is_read_exactly() -> None:
     del opened.gpu.neighbours[7]
     opened.require_truth()
     capabilities = opened.platform.capabilities
-    assert capabilities.arena_backend == "cuda" and capabilities.reserve_commit and capabilities.granularity_bytes == 2 * MIB
+    assert capabilities.arena_backend == "virtual" and capabilities.reserve_commit and capabilities.granularity_bytes == 2 * MIB
     assert not capabilities.host_memory and not capabilities.over_allocation_kills and len(capabilities.graph_modes) == 5
     limits = opened.platform.default_limits()
     assert (limits.memory, limits.max_num_seqs, limits.max_num_batched_tokens) == ("max", 256, 8192)
@@ -86,7 +86,7 @@ def test_with_less_of_the_management_library(refusing: set[str] | None) -> None:
 
 
 def test_a_container_that_lists_nobody_uses_our_own_account() -> None:
-    opened = Opened(ScriptedGpu(PID, is_listed=False))
+    opened = Opened(ScriptedGpu(PID, is_listed=False, neighbours={9: GIB}))
     assert opened.platform.describe()["ours_read_from"] == "own account"
     opened.require_truth()
     opened.runtime.take(3 * GIB)
@@ -220,13 +220,13 @@ def test_a_control_group_bounds_an_integrated_device(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("driver", "supported", "major", "backend", "first"),
-    [(True, 1, 9, "cuda", "bfloat16"), (True, 0, 7, "static", "float16"), (False, 1, 8, "static", "bfloat16")],
+    [(True, 1, 9, "virtual", "bfloat16"), (True, 0, 7, "static", "float16"), (False, 1, 8, "static", "bfloat16")],
 )
 def test_capabilities_follow_the_driver(driver: bool, supported: int, major: int, backend: str, first: str) -> None:
     attributes = {"CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED": supported}
     capabilities = Opened(ScriptedGpu(PID, attributes=attributes), driver=driver, major=major).platform.capabilities
     assert (capabilities.arena_backend, capabilities.dtypes[0]) == (backend, first)
-    assert capabilities.reserve_commit == (backend == "cuda")
+    assert capabilities.reserve_commit == (backend == "virtual")
 
 
 @settings(max_examples=40, deadline=None)
@@ -236,7 +236,7 @@ def test_capabilities_follow_the_driver(driver: bool, supported: int, major: int
     cap_mib=st.integers(1500, 20_000),
 )
 def test_no_order_of_taking_passes_the_cap(is_listed: bool, takes: list[tuple[str, int]], cap_mib: int) -> None:
-    opened = Opened(ScriptedGpu(PID, is_listed=is_listed))
+    opened = Opened(ScriptedGpu(PID, is_listed=is_listed, neighbours={7: 20 * GIB}))
     cap_bytes = cap_mib * MIB
     opened.platform.set_cap(cap_bytes)
     arena = new_arena(opened.platform, 2 * MIB, 20_000)
@@ -272,6 +272,27 @@ def test_the_allowance_never_falls_below_what_is_held() -> None:
     assert opened.runtime.fraction == 1.0
 
 
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_the_allowance_follows_arenas_and_libraries_exactly(is_listed: bool) -> None:
+    opened = Opened(ScriptedGpu(PID, is_listed=is_listed, neighbours={7: 20 * GIB}))
+    opened.platform.set_cap(10 * GIB)
+    arena = new_arena(opened.platform, 2 * MIB, 5000)
+    arena.resize(2000)
+    opened.gpu.ours["images"] = 100 * MIB
+    opened.platform.reset_peak()  # a phase begins: what libraries took is the allocator's no more
+    room_bytes = 10 * GIB - opened.gpu.ours_bytes
+    assert not opened.runtime.take(room_bytes + 2 * MIB)
+    assert opened.runtime.take(room_bytes - 2 * MIB)
+    opened.gpu.ours["torch"] = 0
+    for blocks in (2500, 1000):
+        arena.resize(blocks, keep_content=False)
+        room_bytes = 10 * GIB - opened.gpu.ours_bytes
+        assert not opened.runtime.take(room_bytes + 2 * MIB)
+        assert opened.runtime.take(room_bytes - 2 * MIB)
+        opened.gpu.ours["torch"] = 0
+    arena.close()
+
+
 def test_the_peak_sees_what_came_and_went() -> None:
     opened = Opened()
     opened.runtime.take(GIB)
@@ -299,7 +320,7 @@ def test_the_peak_sees_what_came_and_went() -> None:
 def test_the_factory_builds_the_drivers_arena() -> None:
     opened = Opened()
     arena = new_arena(opened.platform, 5 * MIB, 100)
-    assert isinstance(arena, CudaArena)
+    assert isinstance(arena, VirtualArena)
     arena.resize(3)
     assert opened.platform.arena_bytes == arena.committed_bytes == 16 * MIB == opened.gpu.ours["arena"]
     with pytest.raises(OutOfDeviceMemory):

@@ -8,9 +8,9 @@ from functools import partial
 
 from brim.errors import ConfigError
 from brim.memory.arena.base import Arena
-from brim.memory.arena.cuda_arena import CudaArena
 from brim.memory.arena.mmap_arena import HUGE_PAGE_BYTES, MmapArena
 from brim.memory.arena.static_arena import Allocation, StaticArena, allocate_host
+from brim.memory.arena.virtual_arena import VirtualArena
 from brim.memory.kv_layout import KVLayout
 from brim.platforms.base import Platform
 
@@ -33,10 +33,10 @@ def new_arena(platform: Platform, block_bytes: int, max_blocks: int) -> Arena:
         )
     if backend == "static":
         return StaticArena(block_bytes, max_blocks, allocate=partial(_allocate, platform), account=platform.account)
-    if backend == "cuda":
+    if backend == "virtual":
         granularity_bytes = platform.capabilities.granularity_bytes
         driver = platform.virtual_memory()
-        return CudaArena(block_bytes, max_blocks, driver=driver, granularity_bytes=granularity_bytes, account=platform.account)
+        return VirtualArena(block_bytes, max_blocks, driver=driver, granularity_bytes=granularity_bytes, account=platform.account)
     module, colon, name = backend.partition(":")
     if not colon:
         raise ConfigError(f"Platform '{platform.name}' names an unknown arena backend '{backend}'.")

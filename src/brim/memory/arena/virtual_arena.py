@@ -1,4 +1,4 @@
-"""The arena of a CUDA device: an address range of the driver, backed by few large handles. Owns which handle lies where.
+"""The arena over a driver's virtual memory: an address range, backed by few large handles. Owns which handle lies where.
 
 A handle is mapped whole and unmapped whole: some devices reject parts, and each handle costs a call. Measured on one H100: 2 MiB
 handles commit at 50 GiB/s, 256 MiB handles at 5,000 GiB/s, so 62 GiB take 12 ms and giving back is still fine enough.
@@ -17,7 +17,7 @@ HANDLE_BYTES = 256 * MIB
 
 
 class VirtualMemory(Protocol):
-    """What an arena needs of a driver; see platforms.cuda_driver."""
+    """What an arena needs of a driver; see platforms.cuda_driver, hip_driver and level_zero."""
 
     def reserve(self, num_bytes: int) -> int: ...
     def free_range(self, address: int, num_bytes: int) -> None: ...
@@ -39,7 +39,7 @@ class _Handle:
         return self.start_bytes + self.num_bytes
 
 
-class CudaArena(Arena):
+class VirtualArena(Arena):
     """Exact to the granularity when it grows; while content matters it shrinks to the end of the last block's handle."""
 
     def __init__(

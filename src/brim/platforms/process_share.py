@@ -1,4 +1,4 @@
-"""What this process holds on a CUDA device. Owns the choice between the driver's list of processes and our own account.
+"""What this process holds on an accelerator. Owns the choice between the driver's list of processes and our own account.
 
 The list is exact, but it must be ours: in a container with process ids of its own our number may be missing, or be somebody
 else's there. So the list is read before and after our context appears. Our id is believed where it is new; where it is
@@ -12,8 +12,8 @@ us, so the remainder is bounded: such a neighbour is charged to us with MOST_REM
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
-from brim.platforms.nvml import Nvml
 from brim.units import GIB, MIB
 
 CONTEXT_BYTES = 640 * MIB  # measured on an H100: 518 to 621 MiB
@@ -22,10 +22,18 @@ _LIKELY_CONTEXT_BYTES = range(32 * MIB, 2 * GIB)  # anything else is a neighbour
 _SAME_BYTES = 64 * MIB  # two figures of the same process, read one after the other
 
 
+class ManagementLibrary(Protocol):
+    """What a vendor's management library says of one device; see nvml and amdsmi. A figure that cannot be had is None."""
+
+    def free_bytes(self) -> int | None: ...
+    def is_of(self, total_bytes: int) -> bool: ...
+    def process_bytes(self) -> dict[int, int] | None: ...
+
+
 class ProcessShare:
     """Made around the creation of the context.
 
-    create_context returns (free, total) bytes as CUDA reports them; reserved_bytes is what torch's allocator holds.
+    create_context returns (free, total) bytes as the runtime reports them; reserved_bytes is what torch's allocator holds.
     context_exists: somebody in this process used the device before. steady_free False: free memory also moves with the
     host's page cache (integrated devices), so nothing is derived from it.
     """
@@ -33,23 +41,23 @@ class ProcessShare:
     def __init__(
         self,
         pid: int,
-        nvml: Nvml | None,
+        library: ManagementLibrary | None,
         create_context: Callable[[], tuple[int, int]],
         reserved_bytes: Callable[[], int],
         *,
         context_exists: bool = False,
         steady_free: bool = True,
     ) -> None:
-        self._nvml = nvml
+        self._library = library
         self._reserved_bytes = reserved_bytes
         self._steady_free = steady_free
-        before_bytes, listed_before = self._nvml_free(), self._list()
+        before_bytes, listed_before = self._library_free(), self._list()
         self._free_at_open_bytes, total_bytes = create_context()
-        after_bytes, listed = self._nvml_free(), self._list()
+        after_bytes, listed = self._library_free(), self._list()
         self._reserved_at_open_bytes = reserved_bytes()
         self.free_before_bytes, self.free_after_bytes = before_bytes, after_bytes
         measured = before_bytes is not None and after_bytes is not None and not context_exists
-        if nvml is not None and not nvml.is_of(total_bytes):
+        if library is not None and not library.is_of(total_bytes):
             measured = False  # the library speaks of the whole card, we of a slice
         lost_bytes = (before_bytes or 0) - (after_bytes or 0) if measured else None
         self._pid = _find_ourselves(pid, listed_before, listed, lost_bytes, context_exists)
@@ -96,11 +104,11 @@ class ProcessShare:
     def _neighbours(self, listed: dict[int, int] | None) -> int:
         return sum(held for pid, held in (listed or {}).items() if pid != self._pid)
 
-    def _nvml_free(self) -> int | None:
-        return self._nvml.free_bytes() if self._nvml else None
+    def _library_free(self) -> int | None:
+        return self._library.free_bytes() if self._library else None
 
     def _list(self) -> dict[int, int] | None:
-        return self._nvml.process_bytes() if self._nvml else None
+        return self._library.process_bytes() if self._library else None
 
 
 def _growth(before: dict[int, int] | None, after: dict[int, int] | None) -> int:

@@ -12,7 +12,7 @@ from tests.unit.platforms.scripted_driver import OUT_OF_MEMORY, ScriptedDriver
 from tests.unit.platforms.scripted_gpu import ScriptedGpu, small_gpu
 
 from brim.errors import DeviceError, DeviceLost, OutOfDeviceMemory
-from brim.memory.arena.cuda_arena import HANDLE_BYTES, CudaArena
+from brim.memory.arena.virtual_arena import HANDLE_BYTES, VirtualArena
 from brim.platforms.cuda_driver import CudaDriver
 from brim.units import GIB, MIB
 
@@ -30,12 +30,12 @@ class Setup:
         self.held_bytes += delta_bytes
         assert self.held_bytes >= 0
 
-    def arena(self, block_bytes: int, max_blocks: int) -> CudaArena:
-        return CudaArena(
+    def arena(self, block_bytes: int, max_blocks: int) -> VirtualArena:
+        return VirtualArena(
             block_bytes, max_blocks, driver=self.driver, granularity_bytes=self.bindings.granularity_bytes, account=self.account
         )
 
-    def check(self, *arenas: CudaArena) -> None:
+    def check(self, *arenas: VirtualArena) -> None:
         """Mapped, held by the driver, counted by the arenas and accounted are one number."""
         committed_bytes = sum(arena.committed_bytes for arena in arenas)
         created_bytes = sum(handle.num_bytes for handle in self.bindings.handles.values())
@@ -47,13 +47,13 @@ class Setup:
         assert (self.held_bytes, self.bindings.handles, self.bindings.ranges) == (0, {}, {})
 
 
-def poke(setup: Setup, arena: CudaArena, block: int, value: int) -> None:
+def poke(setup: Setup, arena: VirtualArena, block: int, value: int) -> None:
     start = arena.address + block * arena.block_bytes
     setup.bindings.write(start, value)
     setup.bindings.write(start + arena.block_bytes - 1, value)
 
 
-def holds(setup: Setup, arena: CudaArena, block: int, value: int) -> bool:
+def holds(setup: Setup, arena: VirtualArena, block: int, value: int) -> bool:
     start = arena.address + block * arena.block_bytes
     return setup.bindings.read(start) == value == setup.bindings.read(start + arena.block_bytes - 1)
 
@@ -148,7 +148,7 @@ def test_a_refusing_account_takes_nothing() -> None:
     def refuse(delta_bytes: int) -> None:
         raise OutOfDeviceMemory("the cap")
 
-    arena = CudaArena(MIB, 100, driver=setup.driver, granularity_bytes=2 * MIB, account=refuse)
+    arena = VirtualArena(MIB, 100, driver=setup.driver, granularity_bytes=2 * MIB, account=refuse)
     with pytest.raises(OutOfDeviceMemory, match="cap"):
         arena.resize(10)
     assert not setup.bindings.handles
@@ -202,7 +202,7 @@ def test_addresses_that_are_not_there() -> None:
 
 
 @pytest.mark.parametrize("lose", [lambda arena: None, lambda arena: arena.resize(3)])
-def test_a_dropped_arena_gives_everything_back(lose: Callable[[CudaArena], None]) -> None:
+def test_a_dropped_arena_gives_everything_back(lose: Callable[[VirtualArena], None]) -> None:
     setup = Setup()
     arena = setup.arena(300 * MIB, 4)
     lose(arena)
