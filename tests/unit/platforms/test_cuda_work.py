@@ -48,6 +48,19 @@ def test_a_broken_capture_leaves_the_allocator_clean(where: str, text: str, kind
     assert graph.pool != broken.pool and opened.runtime.entered == 0  # type: ignore[attr-defined]
 
 
+def test_a_graph_that_fails_after_its_recording_is_not_released_twice() -> None:
+    opened = Opened()
+
+    def refuse(index: int, pool: object) -> None:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    opened.runtime.memory._cuda_endAllocateToPool = refuse
+    opened.runtime.capture_fails["end"] = RuntimeError("CUDA error: out of memory")  # the graph cannot be made executable
+    with pytest.raises(OutOfDeviceMemory), opened.platform.capture():
+        pass
+    assert opened.runtime.ended_pools == []
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
