@@ -101,7 +101,8 @@ def _arena(config: BrimConfig, platform: Platform) -> dict[str, Any]:
     elif config.device.arena == "static":
         reason = "--arena static asks for it: the cache is taken whole, and built again when its size is known."
     else:
-        reason = "The platform cannot commit memory later: the cache is taken whole, and built again when its size is known."
+        why_not = platform.reasons.get("reserve_commit") or "The platform cannot commit memory later."
+        reason = f"{why_not} The cache is taken whole, and built again when its size is known."
     return {"backend": capabilities.arena_backend, "reserve_commit": capabilities.reserve_commit, "reason": reason}
 
 

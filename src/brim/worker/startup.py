@@ -171,7 +171,7 @@ def _available_modes(platform: Platform, kernels: Kernels, spec: ModelSpec) -> t
     if not kernels.can_capture:
         return ("NONE",), f"{kernels.name} kernels cannot be captured."
     if not platform.capabilities.graphs:
-        return ("NONE",), f"platform '{platform.name}' captures no graphs."
+        return ("NONE",), platform.reasons.get("graphs") or f"platform '{platform.name}' captures no graphs."
     return platform.capabilities.graph_modes, ""
 
 
