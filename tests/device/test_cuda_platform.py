@@ -15,7 +15,7 @@ import torch
 from brim.errors import DeviceError, OutOfDeviceMemory
 from brim.memory.arena.base import Arena
 from brim.memory.arena.factory import new_arena
-from brim.memory.arena.virtual_arena import HANDLE_BYTES, VirtualArena
+from brim.memory.arena.virtual_arena import VirtualArena
 from brim.platforms.cuda import CudaPlatform, open_cuda
 from brim.platforms.process_share import MOST_REMAINDER_BYTES
 from brim.units import GIB, MIB
@@ -115,13 +115,14 @@ def test_arenas_take_and_give_back_exactly(platform: CudaPlatform) -> None:
 
 
 def test_content_survives_and_whole_handles_stay(platform: CudaPlatform) -> None:
-    arena = growable(platform, 64 * MIB, 64)
+    arena = growable(platform, 16 * MIB, 256)
+    assert arena.handle_bytes == 64 * MIB
     arena.resize(16)
     view = platform.memory_view(arena.address, arena.max_blocks * arena.block_bytes).view(arena.max_blocks, -1)
     for block in range(16):
         view[block].fill_(block + 1)
     arena.resize(6)
-    assert arena.committed_bytes == 2 * HANDLE_BYTES and arena.committed_blocks == 8
+    assert arena.committed_bytes == 2 * arena.handle_bytes and arena.committed_blocks == 8
     arena.resize(20)
     view[8:20].fill_(99)
     for block in range(8):

@@ -111,7 +111,7 @@ def test_any_order_of_resizes(
 
 def test_few_large_handles_and_an_exact_tail() -> None:
     setup = Setup()
-    arena = setup.arena(3 * MIB, 400)
+    arena = setup.arena(3 * MIB, 400_000)  # a range of 1.1 TiB: the largest handles
     arena.resize(347)  # 1041 MiB
     assert sorted(h.num_bytes // MIB for h in setup.bindings.handles.values()) == [18, 256, 256, 256, 256]
     assert arena.committed_bytes == 1042 * MIB and arena.committed_blocks == 347
@@ -154,6 +154,18 @@ def test_a_refusing_account_takes_nothing() -> None:
     assert not setup.bindings.handles
     arena.close()
     setup.require_clean()
+
+
+def test_a_sixteenth_of_any_cache_can_be_given_back() -> None:
+    """What the guard asks for first; at a cache of 16 MiB and more it frees something, however small the cache."""
+    for total_bytes in (16 * MIB, 100 * MIB, 700 * MIB, 5 * GIB, 60 * GIB):
+        setup = Setup(ScriptedGpu(1, total_bytes=total_bytes + GIB, context_bytes=300 * MIB))
+        arena = setup.arena(MIB, total_bytes // MIB)
+        arena.resize(arena.max_blocks)
+        before_bytes = arena.committed_bytes
+        arena.resize(arena.max_blocks - max(2, arena.max_blocks // 16))
+        assert 0 < before_bytes - arena.committed_bytes <= before_bytes // 8
+        arena.close()
 
 
 def test_the_device_is_waited_for_before_anything_is_unmapped() -> None:

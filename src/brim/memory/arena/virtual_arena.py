@@ -2,6 +2,7 @@
 
 A handle is mapped whole and unmapped whole: some devices reject parts, and each handle costs a call. Measured on one H100: 2 MiB
 handles commit at 50 GiB/s, 256 MiB handles at 5,000 GiB/s, so 62 GiB take 12 ms and giving back is still fine enough.
+A smaller range has smaller handles, 64 of them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from brim.memory.arena.base import Account, Arena, no_account
-from brim.units import MIB
+from brim.units import MIB, round_up
 
-HANDLE_BYTES = 256 * MIB
+HANDLE_BYTES = 256 * MIB  # at most
+LEAST_HANDLES = 64  # of a whole range: what a shrink can give back is no less than a handle, so small caches have small ones
 
 
 class VirtualMemory(Protocol):
@@ -52,6 +54,8 @@ class VirtualArena(Arena):
         account: Account = no_account,
     ) -> None:
         super().__init__(block_bytes, max_blocks, granularity_bytes, account)
+        share_bytes = round_up(self.reserved_bytes // LEAST_HANDLES, granularity_bytes)
+        self.handle_bytes = min(HANDLE_BYTES, max(granularity_bytes, share_bytes))
         self._driver = driver
         self._handles: list[_Handle] = []
         self._address = driver.reserve(self.reserved_bytes)
@@ -115,7 +119,7 @@ class VirtualArena(Arena):
         kept = len(self._handles)
         try:
             while start_bytes < end_bytes:
-                num_bytes = min(HANDLE_BYTES, end_bytes - start_bytes)
+                num_bytes = min(self.handle_bytes, end_bytes - start_bytes)
                 memory = self._driver.create(num_bytes)
                 try:
                     self._driver.map(self._address + start_bytes, num_bytes, memory)
