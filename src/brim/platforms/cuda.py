@@ -13,7 +13,6 @@ Source: CUDA runtime API cudaMemGetInfo; torch.cuda memory management and CUDAGr
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,6 @@ class CudaPlatform(TorchPlatform):
 
     def _begin(self, graph: Any) -> None:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-    def _forget_pool(self) -> None:
-        """Released only where the capture was still recording: a graph that got further holds the pool and releases it itself,
-        and twice would take it from the graphs that share it."""
-        pool, self._pool = self._pool, self._new_pool()
-        with suppress(RuntimeError, AttributeError):
-            for name in self.pool_calls:
-                getattr(self._runtime.memory, name)(self._index, pool)
 
     def _is_lost(self, first_line: str) -> bool:
         return first_line.startswith(_LOST_PREFIXES) or "CUDA driver error" in first_line
