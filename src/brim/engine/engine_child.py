@@ -14,7 +14,7 @@ import msgspec
 
 from brim.config.schema import BrimConfig
 from brim.engine.engine_process import EngineLaunch
-from brim.engine.messages import EngineFailed, FromEngine, ToEngine
+from brim.engine.messages import EngineFailed, FromEngine, StartupProgress, ToEngine
 from brim.engine.transport import FrontChannel
 from brim.errors import EngineError
 
@@ -26,9 +26,10 @@ _STDERR = 2
 class EngineProcess:
     """One life. failure: what it said of its end itself; how, after `run`: its end in a few words (`SIGABRT`, `status 7`)."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: FrontChannel) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, channel: FrontChannel, progress_fd: int) -> None:
         self._process = process
         self._channel = channel
+        self._progress_fd = progress_fd
         self.failure: EngineFailed | None = None
         self.how = ""
         self._why_killed = ""
@@ -38,20 +39,32 @@ class EngineProcess:
     async def spawn(cls, command: Sequence[str], config: BrimConfig) -> EngineProcess:
         """Start it; its settings go over stdin, without the server's keys. Its output goes to stderr."""
         channel = FrontChannel()
+        reading_fd, writing_fd = os.pipe()
+        os.set_blocking(reading_fd, False)
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=subprocess.PIPE, stdout=_STDERR, start_new_session=True
+                *command, stdin=subprocess.PIPE, stdout=_STDERR, start_new_session=True, pass_fds=(writing_fd,)
             )
-        except OSError as error:
+        except BaseException as error:
             channel.close()
-            raise EngineError(f"The engine process could not be started: {error}.") from error
+            os.close(reading_fd)
+            if isinstance(error, OSError):
+                raise EngineError(f"The engine process could not be started: {error}.") from error
+            raise
+        finally:
+            os.close(writing_fd)
+        child = cls(process, channel, reading_fd)
         private = replace(config, server=replace(config.server, api_keys=()))
         assert process.stdin is not None, "its stdin is a pipe"
-        launch = EngineLaunch(channel.address, os.getpid(), private, channel.server_key)
+        launch = EngineLaunch(channel.address, os.getpid(), private, channel.server_key, writing_fd)
         process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        with contextlib.suppress(ConnectionError):
-            await process.stdin.drain()
-        return cls(process, channel)
+        try:
+            with contextlib.suppress(ConnectionError):
+                await process.stdin.drain()
+        except BaseException:
+            await child.close(0)
+            raise
+        return child
 
     @property
     def pid(self) -> int:
@@ -106,6 +119,16 @@ class EngineProcess:
         else:
             on_message(message)
 
+    def told(self) -> list[StartupProgress]:
+        """Its start, phase by phase, to the very last: a pipe keeps what a dying process leaves unsent. Given once."""
+        told = b""
+        with contextlib.suppress(BlockingIOError):
+            while more := os.read(self._progress_fd, 1 << 16):
+                told += more
+        return [
+            msgspec.json.decode(line, type=StartupProgress) for line in told.splitlines(keepends=True) if line.endswith(b"\n")
+        ]
+
     def kill(self, why: str = "") -> None:
         """End it now, and whatever it started. why: a clause, `it gave no sign of life for 60 s`."""
         self._why_killed = self._why_killed or why
@@ -123,6 +146,7 @@ class EngineProcess:
         await self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
+        os.close(self._progress_fd)
         self._channel.close()
 
 

@@ -42,12 +42,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 class EngineLaunch(msgspec.Struct, frozen=True):
-    """What the child reads as the first line of its stdin: JSON."""
+    """What the child reads as the first line of its stdin: JSON. progress_fd: a pipe for its phases; -1: none."""
 
     address: str
     parent_pid: int
     config: BrimConfig
     server_key: str = ""
+    progress_fd: int = -1
 
 
 def run_engine_process(build: BuildCore) -> int:
@@ -59,7 +60,7 @@ def run_engine_process(build: BuildCore) -> int:
     _end_with_parent(launch.parent_pid, stdin)
     channel = ZmqEngineChannel(launch.address, launch.server_key)
     try:
-        core, info = build(launch.config, channel.send)
+        core, info = build(launch.config, ProgressTeller(channel, launch.progress_fd))
         serve_engine(core, info, channel)
         core.close()
     except BrimError as error:
@@ -71,6 +72,25 @@ def run_engine_process(build: BuildCore) -> int:
     finally:
         channel.close()
     return 0
+
+
+class ProgressTeller:
+    """Tells the parent of a start: everything over the socket, which a death may cut short; each phase, before it begins, also
+    over a pipe, which keeps it."""
+
+    def __init__(self, channel: EngineChannel, progress_fd: int) -> None:
+        self._channel = channel
+        self._fd = progress_fd
+        self._phase = ""
+        if progress_fd >= 0:
+            os.set_inheritable(progress_fd, False)
+
+    def __call__(self, progress: StartupProgress) -> None:
+        """Tell it."""
+        if self._fd >= 0 and (progress.phase != self._phase or progress.uses is not None):
+            self._phase = progress.phase
+            os.write(self._fd, msgspec.json.encode(progress) + b"\n")
+        self._channel.send(progress)
 
 
 def describe_failure(error: BrimError) -> EngineFailed:

@@ -165,6 +165,8 @@ class Supervisor:
         finally:
             self._process = None
             if process is not None:
+                for progress in process.told():
+                    self._watch.note(progress)
                 await process.close(0)
         return how, process
 
