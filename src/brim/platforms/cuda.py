@@ -19,16 +19,23 @@ from typing import Any
 
 import torch
 
-from brim.errors import DeviceError
+from brim.errors import BrimError, DeviceError
 from brim.platforms.base import Capabilities
 from brim.platforms.cuda_driver import CudaDriver
 from brim.platforms.device_view import DeviceArray
 from brim.platforms.nvml import Nvml
 from brim.platforms.process_share import ProcessShare
-from brim.platforms.torch_platform import ALL_MODES, DeviceMemory, TorchPlatform
+from brim.platforms.torch_platform import ALL_MODES, DeviceMemory, TorchPlatform, first_line
 from brim.units import MIB
 
 _SPILLS = "under WSL taking too much spills to the host's memory instead of failing, and free is a budget that moves"
+# Only errors that the runtime's reference calls a process's end lose the device. These are the launches that never began:
+_REFUSED_LAUNCHES = (
+    "no kernel image is available",
+    "invalid device function",
+    "invalid configuration argument",
+    "too many resources requested for launch",
+)
 _LOST_PREFIXES = ("CUDA error", "Triton Error [CUDA]")
 
 
@@ -70,9 +77,10 @@ class CudaPlatform(TorchPlatform):
         return int(free_bytes), int(total_bytes)
 
     def _find_capabilities(self) -> Capabilities:
-        virtual = self._driver is not None and not self._is_wsl
-        if virtual and self._driver is not None:
-            virtual = bool(self._driver.attribute("CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"))
+        why_not = self._why_no_virtual_memory()
+        if why_not:
+            self.reasons["reserve_commit"] = why_not
+        virtual = not why_not
         native_bf16 = self._properties.major >= 8
         return Capabilities(
             host_memory=False,
@@ -89,6 +97,13 @@ class CudaPlatform(TorchPlatform):
             dtypes=("bfloat16", "float16", "float32") if native_bf16 else ("float16", "float32"),
         )
 
+    def _why_no_virtual_memory(self) -> str:
+        if self._driver is None:
+            return "The driver's bindings are not installed (cuda-bindings)."
+        if self._is_wsl:
+            return "There are no virtual memory calls under WSL."
+        return self._driver.why_no_virtual_memory()
+
     def _device_memory(self) -> DeviceMemory:
         free_bytes, total_bytes = self._runtime.mem_get_info(self._index)
         return DeviceMemory(free_bytes, total_bytes, complaint=_SPILLS if self._is_wsl else "")
@@ -101,6 +116,12 @@ class CudaPlatform(TorchPlatform):
 
     def _is_lost(self, first_line: str) -> bool:
         return first_line.startswith(_LOST_PREFIXES) or "CUDA driver error" in first_line
+
+    def as_brim_error(self, error: BaseException) -> BrimError | None:
+        """Also launches that the device refuses and survives: nothing ran, and this process can go on."""
+        if isinstance(error, RuntimeError) and any(words in first_line(error) for words in _REFUSED_LAUNCHES):
+            return DeviceError(f"The device refuses the work: {first_line(error)}")
+        return super().as_brim_error(error)
 
     def memory_view(self, address: int, num_bytes: int) -> torch.Tensor:
         """Through the array interface: the first page must be backed by memory, the others may be later."""

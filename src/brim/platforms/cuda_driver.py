@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from brim.errors import DeviceError, DeviceLost, OutOfDeviceMemory
@@ -65,6 +66,34 @@ class CudaDriver:
         """Handles are whole multiples of this."""
         flag = self._bindings.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         return int(self._call("cuMemGetAllocationGranularity", self._allocation, flag))
+
+    def why_no_virtual_memory(self) -> str:
+        """Why virtual memory must not be used here; "" where it may be. Maps one unit for a moment to find out: virtual GPUs and
+        sandboxes have drivers that claim these calls and refuse them. A device that is full refuses nothing for good.
+
+        Raises DeviceLost.
+        """
+        try:
+            if not self.attribute("CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"):
+                return "The device has no virtual memory calls."
+            self._try_out(self.granularity_bytes())
+        except DeviceLost:
+            raise
+        except DeviceError as error:
+            return str(error)
+        except OutOfDeviceMemory:
+            return ""
+        return ""
+
+    def _try_out(self, num_bytes: int) -> None:
+        """Reserve, create, map and give back."""
+        with ExitStack() as undo:
+            address = self.reserve(num_bytes)
+            undo.callback(self.free_range, address, num_bytes)
+            handle = self.create(num_bytes)
+            undo.callback(self.release, handle)
+            self.map(address, num_bytes, handle)
+            undo.callback(self.unmap, address, num_bytes)
 
     def reserve(self, num_bytes: int) -> int:
         """An address range without memory."""

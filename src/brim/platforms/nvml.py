@@ -57,13 +57,20 @@ class Nvml:
         return info is not None and abs(int(info.total) - total_bytes) * _TOTAL_TOLERANCE <= total_bytes
 
     def process_bytes(self) -> dict[int, int] | None:
-        """Bytes by process id, of those whose bytes are known; None where the library lists no processes."""
+        """Bytes by process id, of those whose bytes are known; None where the library lists no processes.
+
+        A process that is listed more than once (a context each, or a slice each) holds the sum.
+        """
         if not self.works:
             return None
         listed = self._try(lambda: self._library.nvmlDeviceGetComputeRunningProcesses(self._handle))
         if listed is None:
             return None
-        return {int(process.pid): int(process.usedGpuMemory) for process in listed if process.usedGpuMemory is not None}
+        held: dict[int, int] = {}
+        for process in listed:
+            if process.usedGpuMemory is not None:
+                held[int(process.pid)] = held.get(int(process.pid), 0) + int(process.usedGpuMemory)
+        return held
 
     def driver_version(self) -> str | None:
         """As the library writes it."""

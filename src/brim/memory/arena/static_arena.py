@@ -47,7 +47,7 @@ class StaticArena(Arena):
         account(self.reserved_bytes)
         try:
             self._allocation: Allocation | None = allocate(self.reserved_bytes)
-        except OutOfDeviceMemory:
+        except BaseException:
             account(-self.reserved_bytes)
             raise
         self._address = self._allocation.address

@@ -8,9 +8,12 @@ A smaller range has smaller handles, 64 of them.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+from brim.errors import BrimError
 from brim.memory.arena.base import Account, Arena, no_account
 from brim.units import MIB, round_up
 
@@ -105,14 +108,13 @@ class VirtualArena(Arena):
             while self._handles and self._handles[-1].end_bytes > wanted_bytes:
                 if keep_content and self._handles[-1].start_bytes < wanted_bytes:
                     break
-                self._drop_last()
+                self._drop(self._handles[-1])
         finally:
             self._account(self.committed_bytes - before_bytes)
 
-    def _drop_last(self) -> None:
-        handle = self._handles[-1]
+    def _drop(self, handle: _Handle) -> None:
         self._driver.unmap(self._address + handle.start_bytes, handle.num_bytes)
-        self._handles.pop()  # only now: where the driver refuses, the bytes are still ours
+        self._handles.remove(handle)  # only now: where the driver refuses, the bytes are still ours
         self._driver.release(handle.memory)
 
     def _back(self, start_bytes: int, end_bytes: int) -> None:
@@ -130,19 +132,24 @@ class VirtualArena(Arena):
                 start_bytes += num_bytes
         except BaseException:
             while len(self._handles) > kept:
-                self._drop_last()
+                self._drop(self._handles[-1])
             raise
 
     def _unback(self, start_bytes: int, end_bytes: int) -> None:
         raise AssertionError("handles are dropped by resize")
 
     def _release(self) -> None:
-        try:
-            self._driver.synchronize()
-        finally:  # a device that fails while it is waited for may still take its memory back
-            while self._handles:
-                self._drop_last()
-            self._driver.free_range(self._address, self.reserved_bytes)
+        steps: list[Callable[[], None]] = [self._driver.synchronize]
+        steps += [partial(self._drop, handle) for handle in reversed(self._handles)]
+        steps.append(partial(self._driver.free_range, self._address, self.reserved_bytes))
+        failures: list[BrimError] = []
+        for step in steps:
+            try:
+                step()
+            except BrimError as error:  # a device that refuses one call may still take the rest back
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def __del__(self) -> None:
         if hasattr(self, "_address"):
