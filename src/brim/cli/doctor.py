@@ -17,6 +17,7 @@ import typer
 from brim.cli.errors import report_error
 from brim.cli.options import ENGINE_GROUPS, build_config, with_settings
 from brim.cli.progress import ProgressLine
+from brim.config.avoid_record import forget_records, list_records, record_json
 from brim.config.schema import BrimConfig
 from brim.engine.messages import StartupProgress
 from brim.engine.trials import TrialEnd, TrialStep, run_trials
@@ -36,6 +37,9 @@ def doctor(
         str | None, typer.Argument(metavar="MODEL", help="Also say what starting this model would do; no weight is read.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the tables.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Only forget what starts do without because it ended an engine: it is tried again.")
+    ] = False,
     settings: dict[str, Any],
 ) -> None:
     """Check this machine: what each reading says, what the platform really does, what start-up would do and why.
@@ -43,6 +47,9 @@ def doctor(
     Every capability the platform declares is tried, in processes of its own. Exit status: 0 all is well, 1 a check failed or
     the start would be refused, 2 wrong usage.
     """
+    if forget:
+        _forget(as_json)
+        return
     try:
         config = build_config(model or _NO_MODEL, settings)
         with ProgressLine(quiet=as_json or not sys.stderr.isatty()) as progress:
@@ -59,6 +66,15 @@ def doctor(
     sys.stdout.flush()
     if not found["ok"]:
         raise typer.Exit(EXIT_FOUND_PROBLEMS)
+
+
+def _forget(as_json: bool) -> None:
+    gone = [str(path) for path in forget_records()]
+    if as_json:
+        print(json.dumps({"forgotten": gone}, indent=2))
+        return
+    count = "1 record" if len(gone) == 1 else f"{len(gone)} records"
+    print(f"Forgot {count} of what starts do without; the next start tries it again." if gone else "There was nothing to forget.")
 
 
 def examine(
@@ -83,6 +99,7 @@ def examine(
         elif end.why not in problems:
             problems.append(end.why)
     found["contradictions"] = contradictions(found)
+    found["avoided"] = [record_json(path, record) for path, record in list_records()]
     found["problems"] = problems
     refused = (found["start"] or {}).get("refused")
     failed = [check for check in found["checks"] if check["outcome"] == "failed"]

@@ -31,6 +31,8 @@ def print_report(found: dict[str, Any], stream: IO[str]) -> None:
         _checks(console, found["checks"])
     if found["start"]:
         _start(console, found["start"])
+    if found["avoided"]:
+        _avoided(console, found["avoided"])
     _verdict(console, found)
     stream.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().strip("\n").splitlines()))
 
@@ -138,6 +140,18 @@ def _start(console: Console, start: dict[str, Any]) -> None:
         console.print(f"\n{text}{kv['max_model_len']:,} tokens at once.")
         for reason in plan["reasons"]:
             console.print(reason)
+
+
+def _avoided(console: Console, records: Sequence[dict[str, Any]]) -> None:
+    """What starts do without, each where it holds."""
+    rows = []
+    for record in records:
+        identity = record["identity"]
+        where = f"{identity.get('model', '')} on {identity.get('device', '')}, {record['written'][:10]}"
+        for one in record["avoided"]:
+            words = f"{one['feature'].replace('_', ' ')}: {one['most']}"
+            rows.append((words, f"{where}: {one['reason']}"))
+    _table(console, "What starts do without (brim doctor --forget: try it again)", ("at most", "where, and why"), rows, set())
 
 
 def _verdict(console: Console, found: dict[str, Any]) -> None:

@@ -13,8 +13,10 @@ from tests.unit.cli.conftest import Brim, Ended
 
 from brim.cli import doctor as doctor_module
 from brim.cli.doctor_report import print_report
+from brim.config.avoid_record import write_record
+from brim.config.schema import Avoided
 
-KEYS = {"ok", "platforms", "machine", "readings", "start", "checks", "contradictions", "problems", "seconds"}
+KEYS = {"ok", "platforms", "machine", "readings", "start", "checks", "contradictions", "avoided", "problems", "seconds"}
 CHECK_KEYS = {"name", "did", "outcome", "reason", "note", "figures", "seconds", "capability", "workaround"}
 NUM_CHECKS = 18
 
@@ -250,3 +252,21 @@ def test_a_platform_that_does_not_open(brim_command: Brim, third_party: Path, mo
     assert "exit code 11" in rows["opens"]["reason"]
     assert rows["plain"]["opened"], "another platform's death is not this one's"
     assert "Problem: The process could not begin" in shown(found)
+
+
+def test_what_starts_do_without_is_shown_and_forgotten(
+    brim_command: Brim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRIM_CACHE_DIR", str(tmp_path))
+    avoided = Avoided("graphs", "NONE", "the engine died while capturing graphs (SIGABRT)")
+    path = write_record({"platform": "cpu", "device": "an abacus", "model": "a/long-model-name"}, (avoided,))
+    found = document(brim_command("doctor", "--device", "cpu", "--json"))
+    assert found["ok"]
+    (record,) = found["avoided"]
+    assert (record["path"], record["avoided"]) == (str(path), [{"feature": "graphs", "most": "NONE", "reason": avoided.reason}])
+    words = shown(found)
+    assert "What starts do without (brim doctor --forget: try it again)" in words
+    assert "graphs: NONE" in words and "an abacus" in words and "SIGABRT" in words
+    assert json.loads(brim_command("doctor", "--forget", "--json").out) == {"forgotten": [str(path)]}
+    ended = brim_command("doctor", "--forget")
+    assert (ended.code, ended.out) == (0, "There was nothing to forget.\n")
