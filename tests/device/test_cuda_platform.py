@@ -114,6 +114,16 @@ def test_arenas_take_and_give_back_exactly(platform: CudaPlatform) -> None:
     assert abs(ours_bytes(platform) - before_bytes) <= SLACK_BYTES
 
 
+def test_trying_virtual_memory_out_leaves_nothing(platform: CudaPlatform) -> None:
+    if not platform.capabilities.reserve_commit:
+        pytest.skip("no virtual memory calls here")
+    assert "reserve_commit" not in platform.reasons
+    before_bytes = ours_bytes(platform)
+    for _ in range(20):
+        assert platform.virtual_memory().why_no_virtual_memory() == ""
+    assert abs(ours_bytes(platform) - before_bytes) <= SLACK_BYTES
+
+
 def test_content_survives_and_whole_handles_stay(platform: CudaPlatform) -> None:
     arena = growable(platform, 16 * MIB, 256)
     assert arena.handle_bytes == 64 * MIB
