@@ -61,6 +61,8 @@ class ProcessShare:
             measured = False  # the library speaks of the whole card, we of a slice
         lost_bytes = (before_bytes or 0) - (after_bytes or 0) if measured else None
         self._pid = _find_ourselves(pid, listed_before, listed, lost_bytes, context_exists)
+        self._may_be_us = set() if self._pid is not None else _who_may_be_us(pid, listed_before, listed, context_exists)
+        self._neighbours_bytes = 0
         self._neighbours_at_open_bytes = self._neighbours(listed)
         self.context_is_measured = True
         if self._pid is not None and listed is not None:
@@ -102,7 +104,11 @@ class ProcessShare:
         return known_bytes + min(max(0, remainder_bytes), MOST_REMAINDER_BYTES)
 
     def _neighbours(self, listed: dict[int, int] | None) -> int:
-        return sum(held for pid, held in (listed or {}).items() if pid != self._pid)
+        """Bytes of those who are certainly not this process; as they were seen last, where there is no list."""
+        if listed is not None and self._may_be_us is not None:
+            ours = {self._pid, *self._may_be_us}
+            self._neighbours_bytes = sum(held for pid, held in listed.items() if pid not in ours)
+        return self._neighbours_bytes
 
     def _library_free(self) -> int | None:
         return self._library.free_bytes() if self._library else None
@@ -113,6 +119,15 @@ class ProcessShare:
 
 def _growth(before: dict[int, int] | None, after: dict[int, int] | None) -> int:
     return sum((after or {}).values()) - sum((before or {}).values())
+
+
+def _who_may_be_us(
+    pid: int, before: dict[int, int] | None, after: dict[int, int] | None, context_exists: bool
+) -> set[int] | None:
+    """Numbers that may be ours where none is for certain, so that our growth is never taken for a neighbour's. None: any."""
+    if before is None or after is None:
+        return None
+    return {pid, *after} if context_exists else {pid, *after} - before.keys()
 
 
 def _find_ourselves(

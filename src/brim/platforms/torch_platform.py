@@ -151,18 +151,26 @@ class TorchPlatform(Platform):
 
     def reset_peak(self) -> None:
         """The allocator's own high-water mark starts anew, and so do the samples; what it may still take is derived anew too."""
-        self._runtime.reset_peak_memory_stats(self._index)
-        self._reserved_at_reset_bytes = self._reserved_bytes()
         self._peak_bytes = 0
-        self._ours_at_reset_bytes = self.reading().ours_bytes
+        self._mark_peak(self.reading().ours_bytes)
         if self.cap_bytes is not None:
             self._limit_allocator(self._beside_allocator_bytes())
 
     def peak_ours_bytes(self) -> int:
-        """The most of: every reading since the reset, and what the allocator held at its highest."""
-        grown_bytes = self._runtime.max_memory_reserved(self._index) - self._reserved_at_reset_bytes
+        """The most of: every reading since the reset, and what the allocator held at its highest beside the arenas of then."""
         self.reading()
-        return max(self._peak_bytes, self._ours_at_reset_bytes + max(0, int(grown_bytes)))
+        self._fold_peak()
+        return self._peak_bytes
+
+    def _mark_peak(self, ours_bytes: int) -> None:
+        """The allocator's mark starts anew, over ours_bytes held in all: at a reset, and whenever an arena moves."""
+        self._runtime.reset_peak_memory_stats(self._index)
+        self._reserved_at_mark_bytes = self._reserved_bytes()
+        self._ours_at_mark_bytes = ours_bytes
+
+    def _fold_peak(self) -> None:
+        grown_bytes = int(self._runtime.max_memory_reserved(self._index)) - self._reserved_at_mark_bytes
+        self._peak_bytes = max(self._peak_bytes, self._ours_at_mark_bytes + max(0, grown_bytes))
 
     def _reserved_bytes(self) -> int:
         return int(self._runtime.memory_reserved(self._index))
@@ -179,12 +187,13 @@ class TorchPlatform(Platform):
         if not self.capabilities.reserve_commit:
             super().account(delta_bytes)
             return
+        self._fold_peak()
         before_bytes = self._beside_allocator_bytes()  # our own account holds delta_bytes from the next line on
         super().account(delta_bytes)
-        taken_bytes = max(0, delta_bytes)
-        self._peak_bytes = max(self._peak_bytes, before_bytes + self._reserved_bytes() + taken_bytes)
+        beside_bytes = before_bytes + delta_bytes if delta_bytes > 0 else self._beside_allocator_bytes()
+        self._mark_peak(beside_bytes + self._reserved_bytes())
         if self.cap_bytes is not None:
-            self._limit_allocator(before_bytes + taken_bytes if taken_bytes else self._beside_allocator_bytes())
+            self._limit_allocator(beside_bytes)
 
     def _beside_allocator_bytes(self) -> int:
         return int(self.reading().ours_bytes - self._reserved_bytes())

@@ -317,7 +317,6 @@ def test_the_peak_sees_what_came_and_went() -> None:
     arena.close()
 
 
-@pytest.mark.xfail(strict=True, reason="the allocator's mark is not started anew when an arena moves")
 @settings(max_examples=60, deadline=None)
 @given(
     is_listed=st.booleans(),

@@ -113,10 +113,6 @@ def two_start(gpu: ScriptedGpu) -> None:
     gpu.neighbours[900_002] = 2 * GIB
 
 
-UNCERTAIN = pytest.mark.xfail(strict=True, reason="an entry that may be ours is taken for a neighbour")
-
-
-@UNCERTAIN
 @pytest.mark.parametrize("why", ["two started at once", "the context was there before", "the list came later"])
 def test_an_entry_that_may_be_ours_hides_nothing_of_ours(why: str) -> None:
     gpu = ScriptedGpu(PID, listed_pid=900_001, context_bytes=CONTEXT_BYTES, neighbours={7: GIB})
@@ -136,7 +132,6 @@ def test_an_entry_that_may_be_ours_hides_nothing_of_ours(why: str) -> None:
     assert gpu.ours_bytes <= opened.ours_bytes <= gpu.ours_bytes + MOST_REMAINDER_BYTES - 300 * MIB
 
 
-@pytest.mark.xfail(strict=True, reason="without the list neighbours are taken for gone")
 @pytest.mark.parametrize("is_listed", [True, False])
 def test_a_list_that_fails_later_does_not_make_neighbours_ours(is_listed: bool) -> None:
     gpu = ScriptedGpu(PID, is_listed=is_listed, neighbours={7: 20 * GIB})
