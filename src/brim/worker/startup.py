@@ -27,7 +27,7 @@ from brim.memory.planner import PlanRequest, make_plan
 from brim.memory.profiling import Profiler
 from brim.memory.step_memory import StepLimits, logit_rows, rotary_table_bytes, step_buffers
 from brim.memory.workspace import plan_workspace
-from brim.models.decoder import DecoderModel
+from brim.models.base import Model
 from brim.models.loader import CHUNK_BYTES, fill_dummy, load_weights
 from brim.platforms.base import Platform, PlatformDefaults
 from brim.units import MIB, ceil_div
@@ -59,6 +59,7 @@ _STARTING_BYTES = 16 * MIB  # measured: 11 to 14 with 16 sequences, 17 with 64 (
 _STARTING_BYTES_PER_SEQ = 96 << 10
 _ROUNDING_BYTES = 32 * MIB  # measured on an H100: 0 to 20 after loading, 1 to 3 in warm, up to 2 for each large allocation
 _NOISE_BYTES = 2 * MIB  # readings of the same start differ by up to 0.6 MiB
+MakeModel = Callable[[Kernels, StartSettings], Model]
 
 
 def start_worker(
@@ -68,10 +69,12 @@ def start_worker(
     source: ModelSource,
     on_progress: Callable[[StartupProgress], None],
     compile_backend: Backend = "inductor",
+    make_model: MakeModel | None = None,
 ) -> DeviceWorker:
     """Plan, then open -> load -> reserve -> warm -> measure -> capture -> commit -> prove.
 
     make_kernels takes the most sequences of a step. compile_backend: what torch.compile is to use where --compile is given.
+    make_model: gives the loaded model instead of reading `source` (scripted devices).
     Raises MemoryBudgetError with ledger and nearest settings before anything large is read, where the plan does not fit.
     """
     profiler = Profiler(platform)
@@ -86,7 +89,10 @@ def start_worker(
     ahead = compile_ahead(kernels, source.spec, settings.limits, settings.layout, settings.dtype)
     opened = OpenedDevice(platform, kernels, settings, profiler, on_progress, ahead)
 
-    def load_model() -> DecoderModel:
+    def load_model() -> Model:
+        if make_model is not None:
+            return make_model(kernels, settings)
+
         def progress(text: str, fraction: float | None) -> None:
             on_progress(StartupProgress("load", text, fraction))
 
