@@ -76,7 +76,7 @@ def build_engine_core(
     asked = StartUses(compile=config.device.compile, vendor_kernels=config.device.kernels != "torch")
     on_progress(StartupProgress("open", "reading the device", identity=identity, uses=asked))
     worker = start_worker(config, platform, make_kernels, source, on_progress, parts.compile_backend)
-    core = _core_over(config, platform, worker, source)
+    core = core_over(config, platform, worker, source)
     info = _describe(config, platform, worker, selections[-1], time.perf_counter() - started)
     info["certificate"] = _certify(config, platform, worker)
     return core, info
@@ -93,7 +93,7 @@ def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConf
     return changed, identity
 
 
-def _core_over(config: BrimConfig, platform: Platform, worker: DeviceWorker, source: ModelSource) -> EngineCore:
+def core_over(config: BrimConfig, platform: Platform, worker: DeviceWorker, source: ModelSource) -> EngineCore:
     """Scheduler, blocks and loop over a proven worker."""
     plan = worker.ready.plan
     limits = EngineLimits(

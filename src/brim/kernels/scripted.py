@@ -40,7 +40,7 @@ class ScriptedKernels(Kernels):
 
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
         """A product."""
-        self._hears.work("matmul", len(x))
+        self._hears.work("matmul", x.shape[0])
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
         """Nothing of interest."""
@@ -81,7 +81,7 @@ class ScriptedKernels(Kernels):
 
     def attention(self, q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
         """Attention over the step's tokens."""
-        self._hears.work("attention", len(q))
+        self._hears.work("attention", q.shape[0])
 
     def penalize(
         self, logits_row: Tensor, prompt_ids: Tensor, output_ids: Tensor, repetition: float, presence: float, frequency: float
@@ -90,12 +90,12 @@ class ScriptedKernels(Kernels):
 
     def sample(self, logits: Tensor, batch: SamplingBatch, out_ids: Tensor) -> None:
         """Sampling; where rows are not greedy, their logits are sorted."""
-        self._hears.work("sample", len(logits))
+        self._hears.work("sample", logits.shape[0])
         if not batch.all_greedy:
-            self._hears.work("sort", len(logits))
+            self._hears.work("sort", logits.shape[0])
 
     def top_logprobs(
         self, logits: Tensor, chosen: Tensor, out_chosen: Tensor, out_rank: Tensor, out_ids: Tensor, out_values: Tensor
     ) -> None:
         """Log-probabilities of rows."""
-        self._hears.work("logprobs", len(logits))
+        self._hears.work("logprobs", logits.shape[0])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from brim.config.model_spec import ModelSpec
-from brim.kernels.scripted import HearsWork, ScriptedKernels
+from brim.kernels.base import Kernels
+from brim.kernels.scripted import HearsWork
 from brim.layers.weights import weights_num_bytes
 from brim.memory.step_memory import rotary_table_bytes
 from brim.models.base import BufferShape, Model, Segment, StepTensors
@@ -25,7 +26,7 @@ class ScriptedModel(Model):
     def __init__(
         self,
         spec: ModelSpec,
-        kernels: ScriptedKernels,
+        kernels: Kernels,
         dtype: torch.dtype,
         max_positions: int,
         device: torch.device,
@@ -66,19 +67,19 @@ class ScriptedModel(Model):
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """One product."""
-        self._hears.work("matmul", len(hidden))
+        self._hears.work("matmul", hidden.shape[0])
 
     def _begin(self, step: StepTensors) -> None:
-        tokens = len(step.ids)
+        tokens = step.ids.shape[0]
         self._hears.work("step", tokens)
         if step.batches[0].max_query_len > 1:
             self._hears.work("prefill", tokens)
         self._hears.work("matmul", tokens)
 
     def _attend(self, step: StepTensors) -> None:
-        self._hears.work("attention", len(step.ids))
+        self._hears.work("attention", step.ids.shape[0])
 
     def _dense(self, step: StepTensors) -> None:
-        self._hears.work("matmul", len(step.ids))
+        self._hears.work("matmul", step.ids.shape[0])
         if self._num_ranks > 1:
-            self._hears.work("collective", len(step.ids))
+            self._hears.work("collective", step.ids.shape[0])

@@ -137,7 +137,7 @@ class Expect:
 
     outcome: it starts, or refuses with `error` (a class of brim.errors) and a message that matches `reason`. kv_of_optimum: the
     least share. untrusted: a word of the reason why readings are not trusted; "": they are trusted. without: features
-    that a start after a death does without. graph_mode "": any. failed_requests, shrinks, grows: at least that many of the latter.
+    that a start after a death does without. graph_mode "": any. failed_requests: exactly; shrinks, grows: at least that many.
     over_cap_steps: for at most so many steps more may be held than the cap, where a library grows beside the allocator.
     """
 
@@ -225,7 +225,7 @@ def scenario_of(data: Mapping[str, Any], where: str) -> Scenario:
 def _model(table: Any, where: str) -> dict[str, Any]:
     """A config.json's content: a shape by name with changes, or all of it inline."""
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: [model] is missing; write shape = \"llama-3.1-8b\" or a config.json's fields.")
+        raise ConfigError(f'{where}: [model] is missing; write shape = "llama-3.1-8b" or a config.json\'s fields.')
     given = dict(table)
     name = given.pop("shape", None)
     if name is None:
@@ -288,7 +288,7 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
 
 def _size(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ConfigError(f"{where} must be a size such as \"40GiB\", not {value!r}.")
+        raise ConfigError(f'{where} must be a size such as "40GiB", not {value!r}.')
     try:
         return value if isinstance(value, int) else parse_bytes(value)
     except ConfigError as error:

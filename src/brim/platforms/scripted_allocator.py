@@ -1,7 +1,7 @@
 """The framework's allocator on a scripted device. Owns segments, what is free in them, and the fraction it may hold.
 
-Like torch's: small requests share segments of 2 MiB, those below 10 MiB share segments of 20 MiB, larger ones get segments of their
-own; what is given back stays with the process until the cache is emptied, and only segments that are free as a whole go then.
+Like torch's: small requests share segments of 2 MiB, those below 10 MiB share segments of 20 MiB, larger ones get segments of
+their own; what is given back stays with the process until the cache is emptied, and only segments that are wholly free go then.
 Source: "CUDA semantics, memory management" and c10/cuda/CUDACachingAllocator.h.
 """
 
@@ -114,8 +114,8 @@ class ScriptedAllocator:
             self.empty_cache()
             if not self._is_allowed(size):
                 raise OutOfDeviceMemory(
-                    f"The allocator is out of memory: {format_bytes(size)} asked for, {format_bytes(self.reserved_bytes)} held of "
-                    f"{format_bytes(self.fraction_bytes or 0)} allowed."
+                    f"The allocator is out of memory: {format_bytes(size)} asked for, {format_bytes(self.reserved_bytes)} held "
+                    f"of {format_bytes(self.fraction_bytes or 0)} allowed."
                 )
         try:
             self.device.take(ALLOCATOR, size)

@@ -39,6 +39,7 @@ class ScriptedDevice(FakeDevice):
     cap_bytes: int | None = None
     over_cap_bytes: int = 0
     over_cap_steps: int = 0
+    was_over_before_serving: bool = False
     most_ours_bytes: int = 0
     live_bytes: int = 0  # what the framework's allocator was asked for and not given back
     most_needed_bytes: int = 0
@@ -88,9 +89,12 @@ class ScriptedDevice(FakeDevice):
         self.most_ours_bytes = max(self.most_ours_bytes, self.ours_bytes)
         if self.cap_bytes is not None and self.ours_bytes > self.cap_bytes:
             over_bytes = self.ours_bytes - self.cap_bytes
+            self.was_over_before_serving |= self.phase != "serve"
             if over_bytes > self.over_cap_bytes:
                 self.over_cap_bytes = over_bytes
-                self.log.append(f"{self.phase}, step {self.step}: {owner} took the process {format_bytes(over_bytes)} over the cap")
+                self.log.append(
+                    f"{self.phase}, step {self.step}: {owner} took the process {format_bytes(over_bytes)} over the cap"
+                )
         self.note_need()
 
     def note_need(self) -> None:

@@ -1,4 +1,4 @@
-"""The files by which a kernel tells of a scripted host: /proc and its control group, below a folder of their own. Owns their text.
+"""The files by which a kernel tells of a scripted host: /proc and its control group, in a folder of their own. Owns their text.
 
 Where a device's memory is the host's, the script's total is what is installed and every take of the device is resident.
 """

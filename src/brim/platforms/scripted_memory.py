@@ -1,7 +1,7 @@
 """The virtual memory calls of a scripted device, as an arena uses them. Owns addresses, handles and what is mapped where.
 
-It is strict where some driver is: sizes and places must be multiples of the granularity, a handle is mapped and unmapped whole, at
-an address inside a reserved range, and nothing is mapped twice.
+It is strict where some driver is: sizes and places must be multiples of the granularity, a handle is mapped and unmapped whole,
+at an address inside a reserved range, and nothing is mapped twice.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class ScriptedMemory:
         self._ranges: dict[int, int] = {}
         self._held: dict[int, int] = {}
         self._mapped: dict[int, ScriptedHandle] = {}
+        self._at_an_address: set[int] = set()
 
     def reserve(self, num_bytes: int) -> int:
         """An address range; takes no memory."""
@@ -65,7 +66,7 @@ class ScriptedMemory:
 
     def release(self, handle: ScriptedHandle) -> None:
         """The memory goes back."""
-        if handle in self._mapped.values():
+        if handle.number in self._at_an_address:
             raise DeviceError("The scripted driver still has that handle mapped.")
         self._device.take(ARENA, -self._held.pop(handle.number))
 
@@ -78,6 +79,7 @@ class ScriptedMemory:
         if num_bytes != handle.num_bytes or not inside or not free:
             raise DeviceError("The scripted driver maps whole handles, inside a range, where nothing is.")
         self._mapped[address] = handle
+        self._at_an_address.add(handle.number)
 
     def unmap(self, address: int, num_bytes: int) -> None:
         """The addresses stay, the memory behind them is the handle's again."""
@@ -85,6 +87,7 @@ class ScriptedMemory:
         if handle is None or handle.num_bytes != num_bytes:
             raise DeviceError("The scripted driver unmaps whole handles.")
         del self._mapped[address]
+        self._at_an_address.discard(handle.number)
 
     def synchronize(self) -> None:
         """Nothing is queued."""

@@ -1,5 +1,5 @@
-"""What a scripted device looks like to a framework: the calls of torch.cuda or torch.xpu that Brim makes, over a script. Owns which
-figures are told, right or wrong; a management library beside it; graphs and their memory.
+"""What a scripted device looks like to a framework: the calls of torch.cuda or torch.xpu that Brim makes, over a script. Owns
+which figures are told, right or wrong; a management library beside it; graphs and their memory.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class ScriptedRuntime:
     def synchronize(self, index: int = 0) -> None:
         """Nothing is queued."""
 
-    def Stream(self, device: int) -> str:  # noqa: N802  (the framework's name)
+    def Stream(self, device: int) -> str:
         """One of them."""
         return "stream"
 
@@ -121,11 +121,11 @@ class ScriptedRuntime:
         """Entered around work."""
         yield
 
-    def Event(self) -> Any:  # noqa: N802  (the framework's name)
+    def Event(self) -> Any:
         """Is over at once."""
         return SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
 
-    def CUDAGraph(self) -> ScriptedGraph:  # noqa: N802  (the framework's name)
+    def CUDAGraph(self) -> ScriptedGraph:
         """Records nothing yet."""
         return ScriptedGraph(self)
 
@@ -206,4 +206,3 @@ class ScriptedLibrary:
     def error_correction(self) -> None:
         """Not known."""
         return
-

@@ -114,9 +114,7 @@ def _one_life(scenario: Scenario, found: ScriptedStart, watch: StartWatch) -> De
     def on_progress(progress: Any) -> None:
         device.enter(progress.phase)
 
-    return start_worker(
-        found.config, platform, make_kernels, found.source, watch.noting(on_progress), make_model=make_model
-    )
+    return start_worker(found.config, platform, make_kernels, found.source, watch.noting(on_progress), make_model=make_model)
 
 
 def with_changes(scenario: Scenario, rank: int) -> Scenario:
