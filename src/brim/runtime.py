@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from brim.config.avoid import StartUses, apply_recorded, said_of_record
@@ -29,7 +30,10 @@ from brim.kernels.triton.scratch import KernelLimits
 from brim.memory.certificate import Certificate, low_water_bytes
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect
+from brim.platforms.scenario import read_scenario
 from brim.worker.device_worker import DeviceWorker
+from brim.worker.scripted_run import run_scenario
+from brim.worker.scripted_verdict import verdict_json
 from brim.worker.startup import start_worker
 
 
@@ -80,6 +84,12 @@ def build_engine_core(
     info = _describe(config, platform, worker, selections[-1], time.perf_counter() - started)
     info["certificate"] = _certify(config, platform, worker)
     return core, info
+
+
+def play_scenario(path: Path) -> dict[str, Any]:
+    """What Brim does on the scripted device of a file, and what it should have done (docs/scenarios.md). Raises ConfigError."""
+    scenario = read_scenario(path)
+    return verdict_json(scenario, run_scenario(scenario, core_over))
 
 
 def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConfig, dict[str, str]]:

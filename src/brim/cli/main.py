@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from brim.cli import bench, doctor, ps, run, serve
+from brim.cli import bench, doctor, plan, ps, run, serve
 from brim.cli.errors import guarded
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ def version() -> None:
 app.command(name="run")(guarded(run.run))
 app.command(name="serve")(guarded(serve.serve))
 app.command(name="ps")(guarded(ps.ps))
+app.command(name="plan")(guarded(plan.plan))
 app.command(name="doctor")(guarded(doctor.doctor))
 app.add_typer(bench.app, name="bench")
 

@@ -1,198 +1,58 @@
-"""Runs a scenario: starts it, serves its script, and judges what came of it. Owns the true optimum and what must hold every time.
-
-What must hold for each scenario, whatever it expects:
-    the process never held more than its cap, at any moment, by the device's own truth
-    no line of any ledger is negative but the one documented; the ledger adds up to the device
-    readings that are wrong are reported as untrusted with a reason, and nobody else's are
-    every request gets an answer, and everything is given back at the end
-"""
+"""Runs a scenario: starts it as often as it says, serves its script, and has it judged. Owns what is served."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from brim.config.model_source import ModelSource
-from brim.config.schema import BrimConfig
+from brim.config.schema import Avoided, BrimConfig
 from brim.engine.core import EngineCore
 from brim.engine.messages import AddRequest, SequenceOutput
 from brim.engine.sampling_params import SamplingParams
-from brim.errors import BrimError, MemoryBudgetError
-from brim.memory.kv_split import KVSplit
-from brim.memory.ledger import Ledger
+from brim.errors import BrimError
 from brim.platforms.base import Platform
 from brim.platforms.scenario import Scenario
-from brim.platforms.scripted_device import ARENA, ScriptedDevice
-from brim.units import MIB, format_bytes
+from brim.platforms.scripted_device import ScriptedDevice
 from brim.worker.device_worker import DeviceWorker
-from brim.worker.scripted_start import ScriptedStart, config_of, device_of, start_scripted
+from brim.worker.scripted_start import device_of, start_scripted
+from brim.worker.scripted_verdict import RunResult, Served, judge_device, judge_end, judge_refusal, judge_served, note_start
 
-# Lines that may be negative: a phase that took from what the allocator already held (docs/memory.md).
-MAY_BE_NEGATIVE = frozenset({("context", "runtime, grown while loading")})
 _MOST_STEPS = 5000
 CoreOver = Callable[[BrimConfig, Platform, DeviceWorker, ModelSource], EngineCore]
 
 
-@dataclass(slots=True)
-class Served:
-    """What serving gave: tokens and failures by request, and what the guard did."""
-
-    num_tokens: int = 0
-    errors: list[str] = field(default_factory=list)
-    num_unanswered: int = 0
-    num_steps: int = 0
-    num_shrinks: int = 0
-    num_grows: int = 0
-
-
-@dataclass(slots=True)
-class RunResult:
-    """One start and what it served. optimum_tokens: the most KV tokens that a start which knew everything could have had.
-
-    wrong: what did not hold, one sentence each; empty is well."""
-
-    start: ScriptedStart
-    seconds: float
-    kv_tokens: int = 0
-    optimum_tokens: int = 0
-    served: Served = field(default_factory=Served)
-    wrong: list[str] = field(default_factory=list)
-    report: str = ""
-    ledger: Ledger | None = None
-    untrusted: str = ""
-
-    @property
-    def share(self) -> float | None:
-        """KV tokens of the optimum's; None where it did not start."""
-        return None if self.start.worker is None else self.kv_tokens / max(1, self.optimum_tokens)
-
-    @property
-    def outcome(self) -> str:
-        """In a few words."""
-        if self.start.error is not None:
-            return f"refuses: {type(self.start.error).__name__}"
-        return " ".join(["starts", *(f"without {one.feature}" for one in self.start.avoided)])
+def run_scenario(scenario: Scenario, core_over: CoreOver) -> tuple[RunResult, ...]:
+    """All starts of the scenario on one machine, one after the other; a later one knows what ended an earlier one."""
+    results: list[RunResult] = []
+    for number in range(scenario.starts):
+        known = results[-1].start.avoided if results else ()
+        result = run_once(scenario, core_over, lambda n=number: device_of(scenario, is_first=n == 0), known)  # type: ignore[misc]
+        if results and result.start.num_deaths:
+            result.wrong.append("it died again of what ended the start before")
+        if results and scenario.expect.same_as_before and result.kv_tokens != results[0].kv_tokens:
+            result.wrong.append(f"{result.kv_tokens:,} KV tokens, but {results[0].kv_tokens:,} at the first start")
+        results.append(result)
+    return tuple(results)
 
 
-def run_once(scenario: Scenario, core_over: CoreOver, make_device: Callable[[], ScriptedDevice] | None = None) -> RunResult:
-    """One start of the scenario and what it serves, judged."""
+def run_once(
+    scenario: Scenario, core_over: CoreOver, make_device: Callable[[], ScriptedDevice], known: tuple[Avoided, ...] = ()
+) -> RunResult:
+    """One start of the scenario and what it serves, judged. known: what an earlier start recorded."""
     started = time.perf_counter()
-    start = start_scripted(scenario, make_device or (lambda: device_of(scenario)))
+    start = start_scripted(scenario, make_device, known)
     result = RunResult(start, 0.0)
     if start.worker is None:
-        _judge_refusal(scenario, result)
+        judge_refusal(scenario, result)
     else:
-        _note_start(scenario, result)
+        note_start(scenario, result)
         _serve(scenario, result, core_over)
-        _judge_device(scenario, result)
+        judge_device(scenario, result)
         start.worker.close()
-        _judge_end(result)
+        judge_end(result)
     result.seconds = time.perf_counter() - started
     return result
-
-
-def optimum_bytes(scenario: Scenario, device: ScriptedDevice, reserve_bytes: int) -> int:
-    """The cap by the truth, less what everything but KV needs."""
-    request = config_of(scenario).memory.memory
-    limits = [device.total_bytes, device.script.host.total_bytes or device.total_bytes]
-    if device.script.host.group_bytes:
-        limits.append(device.script.host.group_bytes)
-    total_bytes = min(limits)
-    used_bytes = device.neighbours_bytes + (device.script.host.used_bytes if total_bytes not in limits[2:] else 0)
-    reach_bytes = total_bytes - used_bytes
-    cap_bytes = reach_bytes - reserve_bytes
-    if request is not None and request.kind == "bytes":
-        cap_bytes = min(request.num_bytes, reach_bytes)
-    elif request is not None and request.kind == "fraction":
-        cap_bytes = min(cap_bytes, total_bytes * request.per_million // 1_000_000)
-    return cap_bytes - device.most_needed_bytes
-
-
-def tokens_within(split: KVSplit, num_bytes: int) -> int:
-    """KV tokens of the largest split of so many bytes; 0 where not one request fits."""
-    blocks = split.within(num_bytes)
-    return 0 if blocks is None else (blocks[0] - 1) * split.layout.block_size
-
-
-def _note_start(scenario: Scenario, result: RunResult) -> None:
-    """What can be said once the worker is ready."""
-    worker, device, platform = result.start.worker, result.start.device, result.start.platform
-    assert worker is not None and platform is not None, "it started"
-    plan = worker.ready.plan
-    result.kv_tokens, result.ledger, result.report = plan.kv_tokens, worker.ledger, worker.startup_report()
-    result.optimum_tokens = tokens_within(plan.split, optimum_bytes(scenario, device, plan.budget.reserve_bytes))
-    if plan.budget.decided_by_plan:
-        result.optimum_tokens = min(result.optimum_tokens, (plan.split.enough[0] - 1) * plan.split.layout.block_size)
-    reading = platform.reading()
-    result.untrusted = "" if reading.trusted else reading.reason or "no reason"
-    result.wrong += _wrong_lines(worker.ledger, "the ledger") + _wrong_lines(plan.ledger, "the plan's ledger")
-    result.wrong += _wrong_sum(worker.ledger, platform.capabilities.granularity_bytes)
-    expected = scenario.expect
-    if expected.outcome != "starts":
-        result.wrong.append(f"it starts, but should refuse with {expected.error}")
-    share = result.share or 0.0
-    block = plan.split.layout.block_size
-    slack = 0 if plan.kv_blocks == plan.min_blocks else 2 * block
-    if share < expected.kv_of_optimum:
-        result.wrong.append(f"KV is {share:.4f} of the optimum: {result.kv_tokens:,} of {result.optimum_tokens:,} tokens")
-    if result.kv_tokens > result.optimum_tokens + slack:
-        result.wrong.append(f"KV is more than there is room for: {result.kv_tokens:,} of {result.optimum_tokens:,} tokens")
-    if bool(expected.untrusted) != bool(result.untrusted) or expected.untrusted not in result.untrusted:
-        result.wrong.append(f"readings are untrusted for '{result.untrusted}', expected '{expected.untrusted}'")
-    if result.untrusted and "not trusted" not in " ".join(plan.reasons):
-        result.wrong.append("the plan does not say that readings are untrusted")
-    without = tuple(one.feature for one in result.start.avoided)
-    if without != expected.without:
-        result.wrong.append(f"it starts without {without}, expected {expected.without}")
-    mode = worker.ready.warm.reserved.loaded.opened.settings.graphs.mode
-    if expected.graph_mode and mode != expected.graph_mode:
-        result.wrong.append(f"graph mode {mode}, expected {expected.graph_mode}")
-    if expected.max_model_len and plan.limits.max_model_len != expected.max_model_len:
-        result.wrong.append(f"a context of {plan.limits.max_model_len}, expected {expected.max_model_len}")
-    if result.kv_tokens < expected.least_tokens:
-        result.wrong.append(f"{result.kv_tokens} KV tokens, expected at least {expected.least_tokens}")
-
-
-def _judge_refusal(scenario: Scenario, result: RunResult) -> None:
-    """The right error with the right reason, and nothing over the cap on the way."""
-    error, expected, device = result.start.error, scenario.expect, result.start.device
-    assert error is not None, "it did not start"
-    if expected.outcome != "refuses":
-        result.wrong.append(f"it does not start: {error}")
-    else:
-        if type(error).__name__ != expected.error:
-            result.wrong.append(f"it refuses with {type(error).__name__} ({error}), expected {expected.error}")
-        if not re.search(expected.reason, str(error)):
-            result.wrong.append(f"it says '{error}', expected '{expected.reason}'")
-    result.ledger = _ledger_of(error)
-    if isinstance(error, MemoryBudgetError):
-        if result.ledger is None:
-            result.wrong.append("the refusal has no ledger")
-        else:
-            result.wrong += _wrong_lines(result.ledger, "the refusal's ledger")
-    if device.over_cap_bytes:
-        result.wrong.append(f"the cap was passed: {device.log}")
-
-
-def _ledger_of(error: BrimError) -> Ledger | None:
-    ledger = getattr(error, "ledger", None)
-    return ledger if isinstance(ledger, Ledger) else None
-
-
-def _wrong_lines(ledger: Ledger, what: str) -> list[str]:
-    lines = [line for line in ledger.lines if line.num_bytes < 0 and (line.category, line.owner) not in MAY_BE_NEGATIVE]
-    return [f"{what} has {format_bytes(line.num_bytes)} for {line.category}, {line.owner}" for line in lines]
-
-
-def _wrong_sum(ledger: Ledger, granularity_bytes: int) -> list[str]:
-    """The whole account against the device's total."""
-    set_aside = sum(line.num_bytes for line in ledger.lines if line.owner == "set aside for requests")
-    off = sum(line.num_bytes for line in ledger.lines) - set_aside - ledger.total_bytes
-    if abs(off) <= max(granularity_bytes, 4096):
-        return []
-    return [f"the ledger is {format_bytes(off)} off the device's total of {format_bytes(ledger.total_bytes)}"]
 
 
 def _serve(scenario: Scenario, result: RunResult, core_over: CoreOver) -> None:
@@ -223,7 +83,7 @@ def _serve(scenario: Scenario, result: RunResult, core_over: CoreOver) -> None:
         served.errors.append(f"{type(error).__name__}: {error}")
     served.num_unanswered = len(open_requests)
     served.num_shrinks, served.num_grows = core.guard.num_shrinks, core.guard.num_grows
-    _judge_served(scenario, result)
+    judge_served(scenario, result)
 
 
 def _note_outputs(outputs: list[SequenceOutput], served: Served, open_requests: set[str]) -> None:
@@ -233,44 +93,3 @@ def _note_outputs(outputs: list[SequenceOutput], served: Served, open_requests: 
             served.errors.append(output.error)
         if output.finish_reason is not None:
             open_requests.discard(output.request_id)
-
-
-def _judge_served(scenario: Scenario, result: RunResult) -> None:
-    served, expected, script = result.served, scenario.expect, scenario.serving
-    if served.num_unanswered:
-        result.wrong.append(f"{served.num_unanswered} requests have no answer: {served.errors[:1]}")
-    if len(served.errors) != expected.failed_requests:
-        result.wrong.append(f"{len(served.errors)} requests failed, expected {expected.failed_requests}: {served.errors[:1]}")
-    wanted = (script.requests - expected.failed_requests) * script.output
-    if served.num_tokens < wanted:
-        result.wrong.append(f"{served.num_tokens} tokens of {wanted} came")
-    if served.num_shrinks < expected.shrinks or served.num_grows < expected.grows:
-        result.wrong.append(f"the guard shrank {served.num_shrinks} and grew {served.num_grows} times, expected at least "
-                            f"{expected.shrinks} and {expected.grows}")  # fmt: skip
-
-
-def _judge_device(scenario: Scenario, result: RunResult) -> None:
-    """By the truth."""
-    device, allowed = result.start.device, scenario.expect.over_cap_steps
-    if device.over_cap_bytes and (not allowed or device.over_cap_steps > allowed or device.was_over_before_serving):
-        result.wrong.append(f"the cap was passed for {device.over_cap_steps} steps: {device.log}")
-    if device.lost:
-        result.wrong.append("the device was lost")
-
-
-def _judge_end(result: RunResult) -> None:
-    """Nothing of the cache is left."""
-    device = result.start.device
-    result.start.worker = result.start.worker  # still there, for reports
-    left_bytes = device.ours.get(ARENA, 0)
-    if left_bytes or device.live_bytes < 0:
-        result.wrong.append(f"{format_bytes(left_bytes)} of the cache were not given back")
-
-
-def summary(result: RunResult) -> str:
-    """KV against the optimum, in one line."""
-    if result.share is None:
-        return str(result.start.error)
-    need = result.start.device.most_needed_bytes // MIB
-    kv = f"KV {result.kv_tokens:,} tokens of an optimum of {result.optimum_tokens:,} ({result.share:.4f})"
-    return f"{kv}; {need:,} MiB needed beside it"

@@ -32,7 +32,7 @@ _NAME = "scripted"
 
 @dataclass(slots=True)
 class ScriptedStart:
-    """How a start ended: a worker, or the error that a user would see. avoided: what was taken away on the way."""
+    """How a start ended: a worker, or the error that a user would see. avoided: what it does without; num_deaths: on the way."""
 
     config: BrimConfig
     source: ModelSource
@@ -41,6 +41,7 @@ class ScriptedStart:
     worker: DeviceWorker | None = None
     error: BrimError | None = None
     avoided: tuple[Avoided, ...] = ()
+    num_deaths: int = 0
 
 
 MakeDevice = Callable[[], ScriptedDevice]
@@ -64,13 +65,15 @@ def device_of(scenario: Scenario, *, is_first: bool = True) -> ScriptedDevice:
     )
 
 
-def start_scripted(scenario: Scenario, make_device: MakeDevice) -> ScriptedStart:
-    """Start, and after a death start again without the feature under suspicion, as the supervisor does."""
+def start_scripted(scenario: Scenario, make_device: MakeDevice, avoided: tuple[Avoided, ...] = ()) -> ScriptedStart:
+    """Start, and after a death start again without the feature under suspicion, as the supervisor does.
+
+    avoided: what an earlier start on this machine recorded."""
     asked, source = config_of(scenario), source_of(scenario)
-    avoided: tuple[Avoided, ...] = ()
+    num_deaths = 0
     while True:
         device, watch = make_device(), StartWatch()
-        found = ScriptedStart(apply_avoided(asked, avoided), source, device, avoided=avoided)
+        found = ScriptedStart(apply_avoided(asked, avoided), source, device, avoided=avoided, num_deaths=num_deaths)
         try:
             found.platform = scripted_platform(device)
             found.worker = _one_life(scenario, found, watch)
@@ -85,6 +88,7 @@ def start_scripted(scenario: Scenario, make_device: MakeDevice) -> ScriptedStart
         if blamed is None or asked.device.strict:
             return found
         avoided = merge(avoided, (blamed,))
+        num_deaths += 1
 
 
 def _one_life(scenario: Scenario, found: ScriptedStart, watch: StartWatch) -> DeviceWorker:
