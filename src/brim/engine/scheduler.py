@@ -136,8 +136,8 @@ class Scheduler:
 
     def _schedule_running(self, builder: StepBuilder) -> tuple[int, bool]:
         """Every running sequence, oldest first. Returns the tokens left for new ones, and whether one lacked blocks."""
-        running = self._running
-        num_decodes = sum(1 for s in running if s.num_tokens + s.num_pending_tokens - s.num_computed_tokens == 1)
+        running, add_decode = self._running, builder.add_decode
+        num_decodes = sum([s.num_tokens + s.num_pending_tokens - s.num_computed_tokens == 1 for s in running])
         chunk_budget = self.limits.max_num_batched_tokens - num_decodes
         someone_short = False
         index = 0
@@ -147,13 +147,13 @@ class Scheduler:
             pending = seq.num_pending_tokens
             total = seq.num_tokens + pending
             missing = total - seq.num_computed_tokens
-            if pending and (total >= seq.max_total_tokens or seq.needs_host_tokens):
+            if pending and (total >= seq.max_total_tokens or (seq.may_be_special and seq.needs_host_tokens)):
                 continue
             if missing == 1:
                 if seq.num_computed_tokens >= seq.num_slots and not self._make_room(seq):
                     someone_short = True
                 else:
-                    builder.add_decode(seq)
+                    add_decode(seq)
             elif chunk_budget > 0:
                 chunk = self._room_for_chunk(seq, min(missing, chunk_budget))
                 if chunk:
@@ -255,7 +255,7 @@ class Scheduler:
                 continue  # ended early, or its prompt must be scored again
             num_new += 1
             reason: FinishReason | None = None
-            if token in seq.stop_ids and seq.num_tokens - seq.num_prompt_tokens >= seq.params.min_tokens:
+            if seq.stop_ids and token in seq.stop_ids and seq.num_tokens - seq.num_prompt_tokens >= seq.params.min_tokens:
                 reason = "stop"
             seq.append_token(token)
             if reason is None and seq.num_tokens >= seq.max_total_tokens:
@@ -268,7 +268,7 @@ class Scheduler:
                     [token],
                     reason,
                     token if reason == "stop" and token in seq.params.stop_token_ids else None,
-                    [_on_wire(logprobs[sampled])] if sampled in logprobs else None,
+                    [_on_wire(logprobs[sampled])] if logprobs and sampled in logprobs else None,
                     prompt_logprobs,
                     seq.num_cached_tokens,
                 )

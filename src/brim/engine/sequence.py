@@ -37,14 +37,16 @@ class Sequence:
 
     token_ids: int64 buffer, valid in [:num_tokens], replaced when it must grow. block_ids[g][i]: block of positions
     i*B .. i*B+B-1 in KV group g, 0 where a sliding window has left it behind. num_slots: positions that have a block.
-    order: (priority, number of arrival), the lowest is served first. seed: always drawn.
+    order: (priority, number of arrival), the lowest is served first. seed: always drawn. may_be_special: False where neither
+    `is_special` nor `needs_host_tokens` ever holds.
     """
 
     __slots__ = (
-        "_always_special", "_needs_history", "_token_ids", "arrival_s", "block_hashes", "block_ids", "extra_key", "first_blocks",
-        "last_step_id", "last_token", "max_total_tokens", "next_settle_tokens", "num_cached_tokens", "num_committed_blocks",
-        "num_computed_tokens", "num_pending_tokens", "num_preemptions", "num_prompt_tokens", "num_settled_tokens", "num_slots",
-        "num_tokens", "order", "params", "prompt_logprobs", "request_id", "row", "seed", "status", "stop_ids",
+        "_always_special", "_needs_history", "_token_ids", "arrival_s", "block_hashes", "block_ids", "extra_key",
+        "first_blocks", "last_step_id", "last_token", "max_total_tokens", "may_be_special", "next_settle_tokens",
+        "num_cached_tokens", "num_committed_blocks", "num_computed_tokens", "num_pending_tokens", "num_preemptions",
+        "num_prompt_tokens", "num_settled_tokens", "num_slots", "num_tokens", "order", "params", "prompt_logprobs",
+        "request_id", "row", "seed", "status", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +74,7 @@ class Sequence:
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self._needs_history = params.needs_history
         self._always_special = params.needs_history or bool(params.logit_bias) or params.logprobs is not None
+        self.may_be_special = self._always_special or params.min_tokens > 0
         self._token_ids = np.zeros(min(max_total_tokens, self.num_prompt_tokens + 256), dtype=np.int64)
         self._token_ids[: self.num_prompt_tokens] = prompt_ids
         self.num_tokens = self.num_prompt_tokens

@@ -17,7 +17,7 @@ class SequenceTable:
 
     block_tables[g] int32 [N, max_blocks]: block of positions i*B .. i*B+B-1; 0 where there is none (yet, or no longer).
     temperature f32, top_k i32 (0 off), top_p f32, min_p f32, seed i64 [N]: how to sample. last_token i64, num_tokens i64 [N]:
-    what the host knows of the row, one step late at pipeline depth 2.
+    what the host knows of the row, one step late at pipeline depth 2. may_be_special bool [N]: `Sequence.is_special` may hold.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, layout: KVLayout) -> None:
@@ -31,6 +31,7 @@ class SequenceTable:
         self.top_p = _touched((max_num_seqs,), np.float32)
         self.min_p = _touched((max_num_seqs,), np.float32)
         self.seed = _touched((max_num_seqs,), np.int64)
+        self.may_be_special = _touched((max_num_seqs,), np.bool_)
         self.last_token = _touched((max_num_seqs,), np.int64)
         self.num_tokens = _touched((max_num_seqs,), np.int64)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -38,8 +39,8 @@ class SequenceTable:
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays (host memory)."""
-        params = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.last_token, self.num_tokens)
-        return sum(array.nbytes for array in (*self.block_tables, *params))
+        params = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.may_be_special)
+        return sum(array.nbytes for array in (*self.block_tables, *params, self.last_token, self.num_tokens))
 
     @property
     def num_free_rows(self) -> int:
@@ -56,6 +57,7 @@ class SequenceTable:
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.seed[row] = sequence.seed
+        self.may_be_special[row] = sequence.may_be_special
         self.last_token[row] = sequence.last_token
         self.num_tokens[row] = sequence.num_tokens
         sequence.row = row

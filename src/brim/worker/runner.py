@@ -14,6 +14,7 @@ from brim.engine.sequence import Sequence
 from brim.engine.step import StepPlan, StepResult, TokenLogprobs
 from brim.kernels.base import AttentionBatch, Kernels
 from brim.models.base import Model, StepTensors
+from brim.units import ceil_div
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
 from brim.worker.programs import Capture, StepPrograms
@@ -123,7 +124,8 @@ class ModelRunner:
         Rows that want more than an id are waited for here."""
         for copy in plan.copies:
             self._cache.copy_block(copy.group, copy.source, copy.target)
-        tables = tuple(table[plan.rows] for table in plan.table.block_tables)
+        used = ceil_div(int((plan.start_positions + plan.query_lens).max()), plan.table.layout.block_size)
+        tables = tuple(table[plan.rows, :used] for table in plan.table.block_tables)
         arrays = StepArrays(plan.token_ids, plan.query_lens, plan.start_positions, tables, plan.sample_indices, plan.rows)
         settings = self._settings(plan)
         num_rows = len(plan.sample_indices)
@@ -207,8 +209,8 @@ class ModelRunner:
         rows = plan.rows[plan.sample_indices]
         table = plan.table
         special = []
-        for i, index in enumerate(plan.sample_indices.tolist()):
-            sequence = plan.sequences[index]
+        for i in np.flatnonzero(table.may_be_special[rows]).tolist():
+            sequence = plan.sequences[plan.sample_indices[i]]
             if sequence.is_special:
                 special.append(self._special_row(i, sequence))
         return SampleRows(

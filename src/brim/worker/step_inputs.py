@@ -22,7 +22,8 @@ from brim.worker.mirror import Mirror
 class StepArrays:
     """One step as arrays (S sequences, T tokens, R sampled rows): what a StepPlan or a worst-case probe amounts to.
 
-    token_ids [T] int64; query_lens, start_positions [S] int32; block_tables: one [S, max_blocks] int32 a KV group;
+    token_ids [T] int64; query_lens, start_positions [S] int32; block_tables: one [S, blocks] int32 a KV group, at least
+    as wide as the longest sequence needs (what lies beyond is never read);
     sample_indices [R] int32 into the sequences. A token id of -1 stands for the last one sampled for the sequence's row.
     """
 
@@ -128,7 +129,7 @@ class StepInputs:
         rows = np.arange(num_seqs) if owner is None else owner
         for group, source in enumerate(step.block_tables):
             slots = host[f"slots_{group}"]
-            host[f"tables_{group}"][:num_seqs] = source
+            host[f"tables_{group}"][:num_seqs, : source.shape[1]] = source
             slots[:num_tokens] = source[rows, block_index].astype(np.int64) * block_size + offset
             slots[num_tokens : shape.num_tokens] = -1
 

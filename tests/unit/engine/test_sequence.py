@@ -37,7 +37,8 @@ def test_stop_ids_follow_ignore_eos() -> None:
     ],
 )
 def test_special_rows(params: dict[str, object], special: bool) -> None:
-    assert sequence([1], **params).is_special is special
+    seq = sequence([1], **params)
+    assert seq.is_special is special and seq.may_be_special is special
 
 
 def test_min_tokens_are_special_only_until_reached() -> None:
@@ -66,4 +67,4 @@ def test_table_writes_a_row_and_takes_it_back(make_layout: object) -> None:
 
 def test_table_bytes_are_exact(make_layout: object) -> None:
     table = SequenceTable(8, 64, make_layout((0, 6)))  # type: ignore[operator]
-    assert table.num_bytes == 2 * 8 * 16 * 4 + 8 * (4 + 4 + 4 + 4 + 8 + 8 + 8)
+    assert table.num_bytes == 2 * 8 * 16 * 4 + 8 * (4 + 4 + 4 + 4 + 8 + 8 + 8 + 1)
