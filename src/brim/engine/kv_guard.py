@@ -50,14 +50,14 @@ class KVGuard:
         self._share = max(2, self._share // 2)
         self._pause_checks = self._next_pause_checks
         self._next_pause_checks = min(2 * self._next_pause_checks, _LONGEST_PAUSE_CHECKS)
-        return self._shrink(wanted)
+        return self._give_back(wanted)
 
     def adjust(self) -> None:
         """Follow the device's pressure, either way."""
         self._steps_to_check = self._interval_steps
         pressure_bytes = self._executor.pressure_bytes()
         if pressure_bytes > 0:
-            self._shrink(pressure_bytes)
+            self._give_back(pressure_bytes)
         elif self._pause_checks:
             self._pause_checks -= 1
         elif pressure_bytes < 0:
@@ -71,7 +71,19 @@ class KVGuard:
     def _committed_bytes(self) -> int:
         return self._layout.bytes_for(self._scheduler.blocks.num_blocks)
 
-    def _shrink(self, num_bytes: int) -> bool:
+    def _give_back(self, num_bytes: int) -> bool:
+        """At least num_bytes, where blocks can be spared: memory goes back in the device's units, which may be far larger than a
+        block. False where nothing went back."""
+        before_bytes = self._committed_bytes()
+        wanted_bytes, given_bytes = num_bytes, 0
+        while True:
+            self._shrink(wanted_bytes - given_bytes)
+            given_bytes = before_bytes - self._committed_bytes()
+            if given_bytes >= num_bytes or wanted_bytes >= before_bytes:
+                return given_bytes > 0
+            wanted_bytes *= 2
+
+    def _shrink(self, num_bytes: int) -> None:
         """Each group gives its share of num_bytes, at least one block; live blocks move down or their sequences are preempted."""
         before = self._scheduler.blocks.num_blocks
         before_bytes = self._layout.bytes_for(before)
@@ -80,7 +92,7 @@ class KVGuard:
         floor = self._scheduler.least_blocks()
         targets = tuple(min(b, max(2, w, f)) for b, w, f in zip(before, wanted, floor, strict=True))
         if targets == before:
-            return False
+            return
         copies = self._scheduler.resize(targets)
         self._executor.copy_blocks(copies)
         reached = self._scheduler.blocks.num_blocks
@@ -88,7 +100,6 @@ class KVGuard:
         assert all(c >= r for c, r in zip(committed, reached, strict=True)), "the executor dropped blocks that are in use"
         self._scheduler.resize(tuple(min(pair) for pair in zip(committed, before, strict=True)))  # it may keep more: larger units
         self.num_shrinks += 1
-        return self._committed_bytes() < before_bytes
 
     def _grow(self, num_bytes: int) -> bool:
         """Each group takes its share of num_bytes, up to its capacity."""

@@ -114,6 +114,10 @@ class Kernels(ABC):
         """The same kernels where nothing runs, to find out what they would compile; None where they compile nothing."""
         return None
 
+    def start_libraries(self) -> None:  # noqa: B027  (not every backend calls libraries that keep memory)
+        """What libraries keep for good they take now, in memory of its own. Later it would lie in what a compiler or a tuner
+        took and gave back to torch's allocator, and nothing around it could go back to the device (vllm #54122)."""
+
     def close(self) -> None:  # noqa: B027  (nothing to give back is a fine default)
         """Give threads and scratch memory back."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from brim.memory.ledger import Category, LedgerLine
 from brim.memory.snapshot import Change, Snapshot
@@ -40,16 +40,36 @@ class PhaseRecord:
 def attribute(change: Change, computed: Sequence[LedgerLine], category: Category, owner: str) -> tuple[LedgerLine, ...]:
     """The phase's lines: those computed, and the rest of the measured change as one line of `category`.
 
-    An untrusted change attributes nothing beyond what was computed. A negative rest (memory given back, or computed bytes
-    not resident yet) is written as it is, so that the sum of the lines stays what was measured.
+    A negative rest (memory given back, or computed bytes not resident yet) is written as it is, so that the sum of the lines
+    stays what was measured. By readings that are not trusted the rest is no more than predicted.
     Example: 540 MiB measured, 512 MiB of weights computed: the line `category` holds 28 MiB, measured.
     """
-    if not change.trusted:
-        return tuple(computed)
     rest_bytes = change.ours_bytes - sum(line.num_bytes for line in computed)
     if not rest_bytes:
         return tuple(computed)
-    return (*computed, LedgerLine(category, owner, rest_bytes, "measured"))
+    return (*computed, LedgerLine(category, owner, rest_bytes, "measured" if change.trusted else "predicted"))
+
+
+def settle_rests(lines: Sequence[LedgerLine]) -> tuple[LedgerLine, ...]:
+    """The same sum without negative rests, as far as that goes: what a phase gave back, or found lying ready, an earlier phase
+    took, and the latest rests before it are lowered by that much.
+
+    Example: loading took a segment with 17 MiB to spare, and a buffer of 1 MiB was put there: loading grew by 16.
+    """
+    settled: list[LedgerLine] = []
+    for line in lines:
+        owed_bytes = -line.num_bytes if line.known_by != "computed" else 0
+        if owed_bytes <= 0:
+            settled.append(line)
+            continue
+        for index in reversed(range(len(settled))):
+            earlier = settled[index]
+            if earlier.known_by != "computed" and earlier.num_bytes > 0 and owed_bytes:
+                taken_bytes = min(owed_bytes, earlier.num_bytes)
+                settled[index] = replace(earlier, num_bytes=earlier.num_bytes - taken_bytes)
+                owed_bytes -= taken_bytes
+        settled.append(replace(line, num_bytes=-owed_bytes))
+    return tuple(line for line in settled if line.num_bytes)
 
 
 @dataclass(slots=True)
@@ -89,8 +109,8 @@ class Profiler:
 
     @property
     def lines(self) -> tuple[LedgerLine, ...]:
-        """The lines of all phases in order."""
-        return tuple(line for record in self.records for line in record.lines)
+        """The lines of all phases in order, rests settled."""
+        return settle_rests([line for record in self.records for line in record.lines])
 
     @property
     def peak_ours_bytes(self) -> int:

@@ -4,8 +4,8 @@
     MIG slice     the same, of the slice; the management library's own total is the whole card's and is not used
     container     nothing special but for the list, which may not know our process id: see process_share
     WSL           no list and no virtual memory calls; over-allocation spills to the host instead of failing: untrusted
-    integrated    memory is the host's: free is the least of CUDA's figure, MemAvailable and what control groups leave. CUDA
-                  counts page cache as used there, which errs to the safe side
+    integrated    memory is the host's: free is the least of MemAvailable and what control groups leave; CUDA's own figure counts
+                  page cache as used there (vllm #48140), though the kernel gives that back to whoever allocates
 
 Source: CUDA runtime API cudaMemGetInfo; torch.cuda memory management and CUDAGraph; NVML reference.
 """
@@ -47,6 +47,7 @@ class CudaPlatform(TorchPlatform):
     """
 
     name = "cuda"
+    counts_page_cache = True
 
     def __init__(
         self,

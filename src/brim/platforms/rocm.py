@@ -61,6 +61,7 @@ class RocmPlatform(TorchPlatform):
         flag = getattr(self._properties, "is_integrated", None)
         self._is_integrated = bool(flag) or self._arch.startswith(_APUS)
         self._library = library if library and library.is_of(int(self._properties.total_memory)) else None
+        self._disagreement = ""
         share = ProcessShare(
             os.getpid(),
             _ListOfProcesses(self._library, self._least_known) if self._library else None,
@@ -119,8 +120,10 @@ class RocmPlatform(TorchPlatform):
         is_absurd = not 0 <= free_bytes <= total_bytes
         if driver_bytes is not None:
             driver_bytes = min(driver_bytes, total_bytes)
-            if is_absurd or abs(driver_bytes - free_bytes) * _DISAGREEMENT > total_bytes:
-                complaints.append(f"HIP says {format_bytes(free_bytes)} are free, the driver {format_bytes(driver_bytes)}")
+            if not self._disagreement and (is_absurd or abs(driver_bytes - free_bytes) * _DISAGREEMENT > total_bytes):
+                self._disagreement = f"HIP says {format_bytes(free_bytes)} are free, the driver {format_bytes(driver_bytes)}"
+            if self._disagreement:  # once is enough: a figure that stands still meets the true one sooner or later
+                complaints.append(self._disagreement)
                 free_bytes, source = driver_bytes, "the driver's account"
         elif is_absurd:
             complaints.append(f"HIP says {free_bytes} bytes are free of {total_bytes}")

@@ -35,6 +35,7 @@ class Block:
     segment: Segment
     start: int
     num_bytes: int
+    is_kv: bool = False
     is_freed: bool = False
 
     def free(self) -> None:
@@ -61,8 +62,10 @@ class ScriptedAllocator:
         """All segments."""
         return self.device.ours.get(ALLOCATOR, 0)
 
-    def allocate(self, num_bytes: int) -> Block:
-        """Raises OutOfDeviceMemory where neither the cache nor the device, nor both after the cache was emptied, has it."""
+    def allocate(self, num_bytes: int, *, is_kv: bool = False) -> Block:
+        """is_kv: the KV cache, which is not needed beside itself.
+
+        Raises OutOfDeviceMemory where neither the cache nor the device, nor both after the cache was emptied, has it."""
         self.device.check("allocation", num_bytes)
         wanted_bytes = round_up(max(1, num_bytes), _ROUNDING_BYTES)
         block = self._from_cache(wanted_bytes)
@@ -70,13 +73,16 @@ class ScriptedAllocator:
             self._new_segment(wanted_bytes)
             block = self._from_cache(wanted_bytes)
             assert block is not None, "a new segment holds what it was made for"
-        self.device.live_bytes += wanted_bytes
-        self.device.note_need()
+        block.is_kv = is_kv
+        if not is_kv:
+            self.device.live_bytes += wanted_bytes
+            self.device.note_need()
         return block
 
     def put_back(self, block: Block) -> None:
         """Into the segment's free list, merged with its neighbours."""
-        self.device.live_bytes -= block.num_bytes
+        if not block.is_kv:
+            self.device.live_bytes -= block.num_bytes
         merged: list[tuple[int, int]] = []
         for start, num_bytes in sorted([*block.segment.free, (block.start, block.num_bytes)]):
             if merged and merged[-1][0] + merged[-1][1] == start:

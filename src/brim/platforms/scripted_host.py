@@ -5,8 +5,10 @@ Where a device's memory is the host's, the script's total is what is installed a
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from brim.platforms.scripted_device import ScriptedDevice
 
@@ -19,8 +21,8 @@ class ScriptedHost:
 
     def __init__(self, device: ScriptedDevice) -> None:
         self._device = device
-        self._folder = TemporaryDirectory(prefix="brim-scenario-", ignore_cleanup_errors=True)
-        self.root = Path(self._folder.name)
+        self.root = Path(tempfile.mkdtemp(prefix="brim-scenario-"))
+        weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
         self._peak_bytes = 0
         (self.root / "proc/self").mkdir(parents=True)
         self._write("proc/version", _WSL if device.script.is_wsl else _LINUX)

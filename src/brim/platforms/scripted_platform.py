@@ -121,24 +121,13 @@ class ScriptedTorch(TorchPlatform):
 
     def plain_memory(self, num_bytes: int) -> tuple[int, Any] | None:
         """From the script's allocator; KV, not what is needed beside it."""
-        return _PLAIN_ADDRESS, PlainMemory(self.device, self.runtime.allocator.allocate(num_bytes))
+        return _PLAIN_ADDRESS, self.runtime.allocator.allocate(num_bytes, is_kv=True)
 
     def release_unused(self) -> int:
         """The real one without a look through the interpreter's whole heap."""
         before_bytes = self.reading().ours_bytes
         self.runtime.empty_cache()
         return max(0, before_bytes - self.reading().ours_bytes)
-
-
-class PlainMemory:
-    """A block that holds the KV cache."""
-
-    def __init__(self, device: ScriptedDevice, block: Block) -> None:
-        self._device, self._block = device, block
-        device.live_bytes -= block.num_bytes
-
-    def __del__(self) -> None:
-        self._device.live_bytes += self._block.num_bytes
 
 
 class ScriptedCuda(ScriptedTorch, CudaPlatform):
@@ -221,7 +210,7 @@ class ScriptedCpu(CpuPlatform):
 
     def plain_memory(self, num_bytes: int) -> tuple[int, Any] | None:
         """From the script's allocator; KV, not what is needed beside it."""
-        return _PLAIN_ADDRESS, PlainMemory(self.device, self.runtime.allocator.allocate(num_bytes))
+        return _PLAIN_ADDRESS, self.runtime.allocator.allocate(num_bytes, is_kv=True)
 
     def release_unused(self) -> int:
         """The script's allocator gives back what it only keeps."""

@@ -160,6 +160,7 @@ class ScriptedGraph:
 
     def replay(self) -> None:
         """The work of a step, without calls of its own."""
+        self._runtime.device.check("step")
         self._runtime.work("replay")
 
     def __del__(self) -> None:

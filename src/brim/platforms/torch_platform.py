@@ -63,6 +63,7 @@ class TorchPlatform(Platform):
 
     device_type = "cuda"
     pool_calls: tuple[str, ...] = ("_cuda_endAllocateToPool", "_cuda_releasePool")
+    counts_page_cache = False  # where memory is the host's, what the device calls free leaves out what the kernel would give back
     _share: ProcessShare
 
     def __init__(self, index: int, runtime: Any, root: Path, zeros: Zeros = torch_zeros) -> None:
@@ -116,8 +117,8 @@ class TorchPlatform(Platform):
         if not self._share.is_listed or note:
             source += ", our share by our own account"
         if self._is_integrated:
-            available_bytes = self._host_available()
-            if available_bytes < free_bytes:
+            available_bytes = min(self._host_available(), total_bytes)
+            if self.counts_page_cache or available_bytes < free_bytes:
                 free_bytes, source = available_bytes, "memory available on the host"
         else:
             ours_bytes = min(ours_bytes, total_bytes - free_bytes)

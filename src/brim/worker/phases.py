@@ -28,7 +28,7 @@ from brim.memory.step_memory import StepLimits, logit_rows, step_buffers
 from brim.memory.workspace import WorkspacePlan, plan_workspace
 from brim.models.base import Model
 from brim.platforms.base import Platform
-from brim.units import format_bytes
+from brim.units import MIB, format_bytes
 from brim.worker.compile_choice import CompileChoice, compile_model
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
@@ -40,7 +40,8 @@ from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import StepSizes
 
 MAX_PROOFS = 4
-MAX_COMMITS = 4
+_WORTH_MEASURING_BYTES = 16 * MIB  # given back after the worst steps; less is not worth running them again
+MAX_COMMITS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,9 +213,9 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         compiling = compile_model(settings.compiling, opened.platform, model, runner, limits.max_num_tokens)
         blocks = reserved.cache.committed_blocks
         opened.on_progress(StartupProgress("warm", opened.ahead.wait().text))
+        runner.warm_sizes()  # first: libraries keep what they take now, and what only passes through must not lie around it
         for arrays, rows, shape in warm_steps(limits, settings.layout.block_size, blocks, settings.spec, opened.ahead.steps):
             runner.probe(arrays, rows, shape)
-        runner.warm_sizes()
         if settings.compiling.compiler is not None:  # what compiling took goes; what steps take, the worst ones take again
             opened.platform.release_unused()
     return WarmWorker(reserved, runner, inputs, sampler, workspace, plan, compiling)
@@ -225,7 +226,10 @@ def measure(worker: WarmWorker) -> MeasuredWorker:
     opened = worker.reserved.loaded.opened
     with opened.phase("measure", "running the worst steps", "activations", "what the worst steps left"):
         _run_worst_steps(worker, opened, "measure")
-        opened.give_back_unused()
+        if opened.platform.release_unused() >= _WORTH_MEASURING_BYTES and not opened.platform.capabilities.host_memory:
+            # a tuner's or a compiler's temporaries: what the steps themselves need, they take again
+            opened.platform.reset_peak()
+            _run_worst_steps(worker, opened, "measure")
     return MeasuredWorker(worker, opened.profiler.records[-1].transient_bytes)
 
 
@@ -253,23 +257,29 @@ def commit(captured: CapturedWorker) -> CommittedWorker:
 
 
 def _commit_what_is_there(measured: MeasuredWorker, cache: KVCache) -> MemoryPlan:
-    """The plan settled by what is held and free now. A neighbour may take memory between reading and commit: read again."""
+    """The plan settled by what is held and free now. A neighbour may take memory between reading and commit: read again.
+
+    Where the reading stays as it was, it is wrong: each attempt then asks for less, by a 128th of the cache, a 64th, and so on.
+    """
     opened = measured.warm.reserved.loaded.opened
     settings = opened.settings
+    reading, wrong_by_bytes = opened.platform.reading(), 0
     for attempt in range(MAX_COMMITS):
-        reading = opened.platform.reading()
         held_bytes = reading.ours_bytes - cache.committed_bytes + max(measured.transient_bytes, settings.heap_bytes)
         if opened.platform.capabilities.host_memory:  # what is available there moves with every file that is read
             plan = settings.plan.settle(held_bytes)
         else:
             plan = settings.plan.raised(reading)
-            plan = plan.settle(held_bytes, reading.reachable_bytes - plan.budget.reserve_bytes)
+            plan = plan.settle(held_bytes, reading.reachable_bytes - plan.budget.reserve_bytes - wrong_by_bytes)
         opened.platform.set_cap(plan.cap_bytes)
         try:
             _hold(measured.warm, plan.kv_blocks)
         except OutOfDeviceMemory:
             if attempt + 1 == MAX_COMMITS:
                 raise
+            before, reading = reading, opened.platform.reading()
+            if reading.reachable_bytes >= before.reachable_bytes:
+                wrong_by_bytes += plan.kv_bytes >> (7 - attempt)
             continue
         return plan
     raise AssertionError("the last attempt returns or raises")

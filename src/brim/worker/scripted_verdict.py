@@ -2,7 +2,7 @@
 
 What must hold for each scenario, whatever it expects:
     the process never held more than its cap, at any moment, by the device's own truth
-    no line of any ledger is negative but the one documented; the ledger adds up to the device
+    no line of any ledger is negative, and the ledger adds up to the device
     readings that are wrong are reported as untrusted with a reason, and nobody else's are
     every request gets an answer, and everything is given back at the end
 """
@@ -22,9 +22,6 @@ from brim.platforms.scenario import Scenario
 from brim.platforms.scripted_device import ARENA, ScriptedDevice
 from brim.units import format_bytes
 from brim.worker.scripted_start import ScriptedStart, config_of
-
-# Lines that may be negative: a phase that took from what the allocator already held (docs/memory.md).
-MAY_BE_NEGATIVE = frozenset({("context", "runtime, grown while loading")})
 
 
 @dataclass(slots=True)
@@ -186,7 +183,7 @@ def _ledger_of(error: BrimError) -> Ledger | None:
 
 
 def _wrong_lines(ledger: Ledger, what: str) -> list[str]:
-    lines = [line for line in ledger.lines if line.num_bytes < 0 and (line.category, line.owner) not in MAY_BE_NEGATIVE]
+    lines = [line for line in ledger.lines if line.num_bytes < 0]
     return [f"{what} has {format_bytes(line.num_bytes)} for {line.category}, {line.owner}" for line in lines]
 
 

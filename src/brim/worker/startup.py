@@ -83,6 +83,7 @@ def start_worker(
     with platform.stream(), profiler.phase("open", "context", "kernels and their scratch"):
         compiling = choose_compile(config.device, model_device, compile_backend)
         kernels = compiling.kernels(make_kernels(_step_sizes(config, platform.default_limits())[0]), model_device)
+        kernels.start_libraries()
         settings = replace(plan_start(config, platform, kernels, source), compiling=compiling)
         platform.set_cap(settings.plan.ceiling_bytes)
     on_progress(StartupProgress("open", "the plan is made", uses=_uses(platform, kernels, settings)))

@@ -147,6 +147,20 @@ def test_pressure_gives_bytes_back_and_takes_them_again(rig: Rigs) -> None:
     assert r.executor.committed == (40,) and r.tokens["a"] == r.expected("a")
 
 
+def test_pressure_below_one_unit_of_the_device_is_relieved_too(rig: Rigs) -> None:
+    r = rig(num_blocks=40, check_interval_steps=2, unit_blocks=16)
+    r.add("a", range(8), greedy(20))
+    for _ in range(3):
+        r.step()
+    r.executor.pressure = 64  # one block; memory goes back sixteen at a time
+    for _ in range(3):
+        r.step()
+    assert r.executor.committed == (32,) == r.scheduler.blocks.num_blocks
+    r.executor.pressure = SPARE
+    r.run()
+    assert r.tokens["a"] == r.expected("a")
+
+
 def test_request_that_no_longer_fits_is_told_so(rig: Rigs) -> None:
     r = rig(num_blocks=16, check_interval_steps=1)
     r.add("short", range(4), greedy(4))

@@ -49,13 +49,38 @@ def test_a_phase_charges_us_for_ours_only() -> None:
     assert sum(x.num_bytes for x in profiler.lines) == 522 * MIB
 
 
-def test_untrusted_readings_attribute_only_what_was_computed() -> None:
-
-    platform = FakePlatform(FakeDevice(), lie=lambda r: replace(r, ours_bytes=0, trusted=False, reason="stale"))
+def test_the_rest_by_untrusted_readings_is_no_more_than_predicted() -> None:
+    platform = FakePlatform(FakeDevice(), lie=lambda r: replace(r, trusted=False, reason="own account"))
     profiler = Profiler(platform)
-    with profiler.phase("load") as scope:
+    with profiler.phase("load", "context", "runtime") as scope:
+        platform.take("weights", 3 * MIB)
         scope.add("weights", "model", MIB)
-    assert [x.num_bytes for x in profiler.lines] == [MIB]
+    assert [(x.owner, x.num_bytes, x.known_by) for x in profiler.lines] == [
+        ("model", MIB, "computed"),
+        ("runtime", 2 * MIB, "predicted"),
+    ]
+
+
+def test_what_a_phase_gives_back_lowers_what_earlier_phases_took() -> None:
+    platform = FakePlatform(FakeDevice())
+    profiler = Profiler(platform)
+    with profiler.phase("load", "context", "runtime"):
+        platform.take("segment", 17 * MIB)
+    with profiler.phase("warm", "activations", "libraries") as scope:
+        platform.take("kernels", 4 * MIB)
+        scope.add("buffers", "inputs", 6 * MIB)
+    with profiler.phase("measure", "activations", "left by steps"):
+        platform.take("kernels", -3 * MIB)
+    assert [(x.owner, x.num_bytes) for x in profiler.lines] == [("runtime", 12 * MIB), ("inputs", 6 * MIB)]
+    assert sum(x.num_bytes for x in profiler.lines) == 18 * MIB
+
+
+def test_more_given_back_than_was_ever_taken_is_shown() -> None:
+    platform = FakePlatform(FakeDevice())
+    profiler = Profiler(platform)
+    with profiler.phase("load", "context", "runtime"):
+        platform.take("context", -MIB)
+    assert [(x.owner, x.num_bytes) for x in profiler.lines] == [("runtime", -MIB)]
 
 
 def test_a_failed_phase_leaves_no_record() -> None:

@@ -198,8 +198,8 @@ def test_an_integrated_device_shares_the_hosts_memory(tmp_path: Path) -> None:
     gpu.unlisted["page cache"] = 50 * GIB  # moves what CUDA calls free, and is not ours
     now = opened.platform.reading()
     assert now.ours_bytes == CONTEXT_BYTES and now.free_bytes == 4 * GIB
-    gpu.unlisted["page cache"] = 58 * GIB
-    assert opened.platform.reading().free_bytes == gpu.free_bytes
+    gpu.unlisted["page cache"] = 58 * GIB  # the kernel gives it back to whoever allocates
+    assert opened.platform.reading().free_bytes == 4 * GIB
     limits = opened.platform.default_limits()
     assert limits.memory == "enough" and limits.reserve_bytes == 512 * MIB
     assert opened.platform.capabilities.over_allocation_kills and not opened.platform.capabilities.host_memory

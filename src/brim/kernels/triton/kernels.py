@@ -83,6 +83,12 @@ class TritonKernels(Kernels):
         self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
+    def start_libraries(self) -> None:
+        """One small product: the matrix library's workspace on this stream."""
+        if self.device.type not in ("cpu", "meta"):
+            small = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.device)
+            torch.mm(small, small)
+
     @property
     def num_cores(self) -> int:
         """Multiprocessors that the work is cut for."""
