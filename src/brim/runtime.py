@@ -157,7 +157,7 @@ def _describe(
 ) -> dict[str, Any]:
     opened = worker.ready.warm.reserved.loaded.opened
     settings, kernels = opened.settings, opened.kernels
-    plan, spec = worker.ready.plan, settings.spec
+    plan, spec, graphs = worker.ready.plan, settings.spec, worker.ready.committed.captured.graphs
     avoided = {one.feature: f"avoided: {one.reason}" for one in config.avoided}
     return {
         "model": config.model.model,
@@ -169,8 +169,8 @@ def _describe(
         "kernels_reason": avoided.get("vendor_kernels", selection.fallback_reason),
         "num_threads": getattr(kernels, "num_threads", None),
         "compile": f"off: {avoided['compile']}" if "compile" in avoided else worker.ready.warm.compiling.text,
-        "graph_mode": settings.graphs.mode,
-        "graph_mode_reason": avoided.get("graphs", settings.graphs.reason),
+        "graph_mode": graphs.mode,
+        "graph_mode_reason": avoided.get("graphs", graphs.reason),
         "avoided": [asdict(one) for one in config.avoided],
         "decode_programs": worker.num_programs,
         "vocab_size": spec.vocab_size,

@@ -42,6 +42,7 @@ def print_scenario(one: dict[str, Any], stream: IO[str]) -> None:
     for without in one["without"]:
         stream.write(f"{_wrapped('Without ' + without['feature'] + ': ' + without['reason'])}\n")
     if one["share"] is not None:
+        stream.write(f"{_wrapped('Graph mode ' + one['graph_mode'] + ': ' + one['graph_mode_reason'])}\n")
         kv = f"KV cache: {one['kv_tokens']:,} tokens, {one['share']:.4f} of the {one['optimum_tokens']:,} that were possible."
         served = f"Served {one['tokens']:,} tokens to {one['requests']} requests, {one['failed_requests']} failed."
         stream.write(f"{kv}\n{served}\n")

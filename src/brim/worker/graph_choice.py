@@ -25,10 +25,11 @@ _NEXT_BEST: dict[GraphMode, tuple[GraphMode, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class GraphChoice:
-    """The mode that runs, and why in one sentence."""
+    """The mode that runs, and why in one sentence. is_binding: nothing less will do (--strict)."""
 
     mode: GraphMode
     reason: str
+    is_binding: bool = False
 
     @property
     def decode_whole(self) -> bool:
@@ -46,6 +47,11 @@ class GraphChoice:
         return self.mode in ("PIECEWISE", "FULL_AND_PIECEWISE")
 
 
+def with_fewer_graphs(choice: GraphChoice, reason: str) -> GraphChoice:
+    """The mode that captures less, down to NONE, which captures nothing."""
+    return GraphChoice(_NEXT_BEST[choice.mode][0], reason)
+
+
 def choose_graph_mode(device: DeviceConfig, available: Sequence[GraphMode], why_not_more: str) -> GraphChoice:
     """The mode for these settings where `available` work (NONE always does). why_not_more: said where a mode is missing.
 
@@ -61,7 +67,7 @@ def choose_graph_mode(device: DeviceConfig, available: Sequence[GraphMode], why_
         mode = _first(_RICHEST_FIRST, available)
         return GraphChoice(mode, f"The richest that works here. {why_not_more}".strip())
     if asked in available or asked == "NONE":
-        return GraphChoice(asked, "As asked.")
+        return GraphChoice(asked, "As asked.", is_binding=device.strict)
     if device.strict:
         raise ConfigError(f"--strict refuses to do without --graph-mode {asked}: {why_not_more or 'it does not work here.'}")
     mode = _first(_NEXT_BEST[asked], available)

@@ -30,6 +30,7 @@ from brim.models.base import Model
 from brim.platforms.base import Platform
 from brim.units import MIB, format_bytes
 from brim.worker.compile_choice import CompileChoice, compile_model
+from brim.worker.graph_capture import capture_what_fits, record
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
 from brim.worker.precompile import CompileAhead
@@ -134,10 +135,11 @@ class MeasuredWorker:
 
 @dataclass(frozen=True, slots=True)
 class CapturedWorker:
-    """Recorded programs exist; graph_bytes is what the device lost to them."""
+    """Recorded programs exist; graph_bytes is what the device lost to them. graphs: the mode that was really captured."""
 
     measured: MeasuredWorker
     graph_bytes: int
+    graphs: GraphChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +239,15 @@ def capture(measured: MeasuredWorker) -> CapturedWorker:
     """Capture graphs (a native backend's recorded programs) over the final addresses, as the mode asks."""
     worker = measured.warm
     opened = worker.reserved.loaded.opened
+
+    def progress(done: str) -> None:
+        opened.on_progress(StartupProgress("capture", done))
+
     with opened.phase("capture", "capturing graphs", "graphs", "captured steps"):
-        _record(worker)
-    return CapturedWorker(measured, opened.profiler.records[-1].change.ours_bytes)
+        graphs = capture_what_fits(
+            worker.runner, opened.kernels, opened.platform, opened.settings.graphs, opened.settings.plan, progress
+        )
+    return CapturedWorker(measured, opened.profiler.records[-1].change.ours_bytes, graphs)
 
 
 def commit(captured: CapturedWorker) -> CommittedWorker:
@@ -251,12 +259,12 @@ def commit(captured: CapturedWorker) -> CommittedWorker:
     opened, cache = measured.warm.reserved.loaded.opened, measured.warm.reserved.cache
     with opened.phase("commit", "committing KV blocks", "context", "page tables and views") as scope:
         before_bytes = cache.committed_bytes
-        plan = _commit_what_is_there(measured, cache)
+        plan = _commit_what_is_there(measured, cache, captured.graphs)
         scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
     return CommittedWorker(captured, plan)
 
 
-def _commit_what_is_there(measured: MeasuredWorker, cache: KVCache) -> MemoryPlan:
+def _commit_what_is_there(measured: MeasuredWorker, cache: KVCache, graphs: GraphChoice) -> MemoryPlan:
     """The plan settled by what is held and free now. A neighbour may take memory between reading and commit: read again.
 
     Where the reading stays as it was, it is wrong: each attempt then asks for less, by a 128th of the cache, a 64th, and so on.
@@ -273,7 +281,7 @@ def _commit_what_is_there(measured: MeasuredWorker, cache: KVCache) -> MemoryPla
             plan = plan.settle(held_bytes, reading.reachable_bytes - plan.budget.reserve_bytes - wrong_by_bytes)
         opened.platform.set_cap(plan.cap_bytes)
         try:
-            _hold(measured.warm, plan.kv_blocks)
+            _hold(measured.warm, plan.kv_blocks, graphs)
         except OutOfDeviceMemory:
             if attempt + 1 == MAX_COMMITS:
                 raise
@@ -299,7 +307,7 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
         ) as scope:
             before_bytes = cache.committed_bytes
             if before_bytes != plan.kv_bytes:
-                _hold(worker, plan.kv_blocks)
+                _hold(worker, plan.kv_blocks, committed.captured.graphs)
                 scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
             _run_worst_steps(worker, opened, "prove")
             opened.give_back_unused()
@@ -317,29 +325,20 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
     )
 
 
-def _record(worker: WarmWorker) -> None:
-    """Capture over the cache's present addresses, where the settings ask for it."""
-    opened = worker.reserved.loaded.opened
-    if opened.settings.graphs.mode == "NONE":
-        return
-    native = opened.kernels.can_record
-    capture = opened.kernels.record if native else opened.platform.capture
-    for done in worker.runner.record(capture, opened.settings.graphs, (True, False) if native else (False,)):
-        opened.on_progress(StartupProgress("capture", done))
-
-
-def _hold(worker: WarmWorker, blocks: Sequence[int]) -> None:
+def _hold(worker: WarmWorker, blocks: Sequence[int], graphs: GraphChoice) -> None:
     """Make the cache exactly this large; without reserve/commit that means built anew, and programs recorded again."""
     if worker.reserved.loaded.opened.platform.capabilities.reserve_commit:
         worker.reserved.cache.resize(blocks, keep_content=False)
     elif tuple(blocks) != worker.reserved.cache.committed_blocks:
-        platform = worker.reserved.loaded.opened.platform
+        opened = worker.reserved.loaded.opened
+        platform = opened.platform
         worker.runner.forget_programs()
         worker.reserved.cache.close()
         platform.synchronize()
         platform.release_unused()
         worker.reserved.cache.rebuild(blocks, blocks)
-        _record(worker)
+        for done in record(worker.runner, opened.kernels, platform, graphs):
+            opened.on_progress(StartupProgress("capture", done))
 
 
 def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice, phase: str) -> None:

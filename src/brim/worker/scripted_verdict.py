@@ -21,6 +21,7 @@ from brim.memory.report import ledger_json
 from brim.platforms.scenario import Scenario
 from brim.platforms.scripted_device import ARENA, ScriptedDevice
 from brim.units import format_bytes
+from brim.worker.graph_choice import GraphChoice
 from brim.worker.scripted_start import ScriptedStart, config_of
 
 
@@ -51,6 +52,7 @@ class RunResult:
     report: str = ""
     ledger: Ledger | None = None
     untrusted: str = ""
+    graphs: GraphChoice | None = None
 
     @property
     def share(self) -> float | None:
@@ -81,6 +83,8 @@ def verdict_json(scenario: Scenario, results: Sequence[RunResult]) -> dict[str, 
         "share": last.share,
         "expected_share": scenario.expect.kv_of_optimum if last.share is not None else None,
         "untrusted": last.untrusted,
+        "graph_mode": None if last.graphs is None else last.graphs.mode,
+        "graph_mode_reason": None if last.graphs is None else last.graphs.reason,
         "without": [{"feature": one.feature, "reason": one.reason} for one in last.start.avoided],
         "requests": scenario.serving.requests if last.share is not None else 0,
         "failed_requests": len(last.served.errors),
@@ -147,7 +151,8 @@ def note_start(scenario: Scenario, result: RunResult) -> None:
     without = tuple(one.feature for one in result.start.avoided)
     if without != expected.without:
         result.wrong.append(f"it starts without {without}, expected {expected.without}")
-    mode = worker.ready.warm.reserved.loaded.opened.settings.graphs.mode
+    result.graphs = worker.ready.committed.captured.graphs
+    mode = result.graphs.mode
     if expected.graph_mode and mode != expected.graph_mode:
         result.wrong.append(f"graph mode {mode}, expected {expected.graph_mode}")
     if expected.max_model_len and plan.limits.max_model_len != expected.max_model_len:
