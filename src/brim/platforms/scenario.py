@@ -33,12 +33,13 @@ T = TypeVar("T")
 class Readings:
     """How the device's free memory is reported. lie "": the truth. fixed: always free_bytes. page_cache_bytes: of the host, shown
     as used where memory is shared. library_total_bytes: what the management library says; 0: the truth.
-    is_listed: the management library shows this process."""
+    is_listed: the management library shows this process. has_kernel_account: the kernel says what this process holds (XPU)."""
 
     lie: Lie = ""
     free_bytes: int = 0
     library_total_bytes: int = 0
     is_listed: bool = True
+    has_kernel_account: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

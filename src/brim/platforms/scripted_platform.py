@@ -25,7 +25,7 @@ from brim.platforms.scripted_allocator import Block
 from brim.platforms.scripted_device import ScriptedDevice
 from brim.platforms.scripted_host import ScriptedHost
 from brim.platforms.scripted_memory import ScriptedMemory
-from brim.platforms.scripted_runtime import ScriptedLibrary, ScriptedRuntime
+from brim.platforms.scripted_runtime import ScriptedClients, ScriptedLibrary, ScriptedRuntime
 from brim.platforms.torch_platform import ALL_MODES, NO_MODES, DeviceMemory, TorchPlatform
 from brim.platforms.xpu import XpuPlatform
 
@@ -152,7 +152,9 @@ class ScriptedXpu(ScriptedTorch, XpuPlatform):
 
     def __init__(self, device: ScriptedDevice) -> None:
         self._play(device)
-        XpuPlatform.__init__(self, runtime=self.runtime, root=self.host.root, zeros=self.runtime.zeros)  # type: ignore[arg-type]
+        zeros: Any = self.runtime.zeros
+        clients = ScriptedClients(device)
+        XpuPlatform.__init__(self, runtime=self.runtime, clients=clients, root=self.host.root, zeros=zeros)
 
 
 class ScriptedCpu(CpuPlatform):

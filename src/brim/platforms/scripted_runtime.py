@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from brim.platforms.drm_clients import DrmClients
 from brim.platforms.scenario import Work
 from brim.platforms.scripted_allocator import Block, ScriptedAllocator
 from brim.platforms.scripted_device import ScriptedDevice, ScriptedFault
@@ -167,6 +168,18 @@ class ScriptedGraph:
         if not self._runtime.device.lost:
             for name, num_bytes in self._held.items():
                 self._runtime.device.take(name, -num_bytes)
+
+
+class ScriptedClients(DrmClients):
+    """The kernel's account of this process."""
+
+    def __init__(self, device: ScriptedDevice) -> None:
+        self._device = device
+
+    def held_bytes(self) -> dict[str, int]:
+        """True; nothing where the script has no such account."""
+        ours_bytes = self._device.ours_bytes
+        return {"0000:03:00.0": ours_bytes} if ours_bytes and self._device.script.readings.has_kernel_account else {}
 
 
 class ScriptedLibrary:

@@ -5,7 +5,9 @@
 
 Free memory has not moved by what was allocated, or cannot be asked for (pytorch #161381, #164429), and taking too much loses
 the device instead of failing. So what is free is tried once at open, with 64 MiB and only where far more is free; then Level
-Zero's usable memory, likewise; and where neither moves, our own account of what we took decides, and the reading says so.
+Zero's usable memory, likewise; and where neither moves, what we took since decides, and the reading says so. What is ours
+comes from the kernel's account of this process where the driver keeps one (see drm_clients); the same trial finds out which
+device's it is. Elsewhere it is our own account.
 Graphs follow torch.xpu.XPUGraph (torch 2.11); none is captured here to find out, because that can lose the device: `brim
 doctor` tries it in a process of its own. Written against the documentation; never run on the hardware.
 Source: torch.xpu; Level Zero specification; SYCL extension sycl_ext_intel_device_info (free memory).
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from brim.errors import DeviceError, DeviceLost
 from brim.platforms.base import Capabilities
 from brim.platforms.device_view import ONE_API, view_at
+from brim.platforms.drm_clients import DrmClients
 from brim.platforms.level_zero import LevelZero, loaded_loader
 from brim.platforms.process_share import CONTEXT_BYTES, ProcessShare
 from brim.platforms.torch_platform import ALL_MODES, NO_MODES, DeviceMemory, TorchPlatform, Zeros, first_line, torch_zeros
@@ -52,6 +55,7 @@ class XpuPlatform(TorchPlatform):
         *,
         runtime: Any = torch.xpu,
         level_zero: LevelZero | None = None,
+        clients: DrmClients | None = None,
         root: Path = Path("/"),
         zeros: Zeros = torch_zeros,
         view_of: Callable[[int, int, int, int], torch.Tensor] = view_at,
@@ -67,22 +71,27 @@ class XpuPlatform(TorchPlatform):
         self._stale: list[Ask] = []  # sources that answer, but do not move by what we take
         self._complaint = ""
         self._reserved_at_open_bytes = self._reserved_bytes()
-        self._free_at_open_bytes = max(0, self._whole_bytes - CONTEXT_BYTES)
-        self._find_reading()
+        self._clients = clients or DrmClients(root)
+        self._address = _only(self._clients.held_bytes())
+        said_bytes = self._find_reading()
+        self._held_at_open_bytes = self._held_by_kernel()
+        self._free_at_open_bytes = max(0, min([self._whole_bytes - (self._held_at_open_bytes or CONTEXT_BYTES), *said_bytes]))
         share = ProcessShare(
             os.getpid(),
-            None,
+            _KernelsList(self._held_by_kernel) if self._held_at_open_bytes else None,
             self._free_and_total,
             self._reserved_bytes,
+            context_exists=True,
             steady_free=self._asks is not None and not self._is_integrated,
         )
         self._start(share)
 
     # -- readings
 
-    def _find_reading(self) -> None:
-        """The first source of free memory that moves when memory is taken; none where none does."""
-        why_not = []
+    def _find_reading(self) -> list[int]:
+        """The first source of free memory that moves when memory is taken is used, none where none does; what the others said."""
+        why_not: list[str] = []
+        said_bytes: list[int] = []
         sources: list[tuple[str, Ask]] = [("device", self._sycl_free)]
         if self._level_zero is not None:
             sources.append(("usable memory by Level Zero", self._level_zero.usable_bytes))
@@ -96,11 +105,12 @@ class XpuPlatform(TorchPlatform):
                 why = self._why_it_does_not_move(ask, free_bytes)
                 if not why:
                     self._asks = (source, ask)
-                    return
+                    return said_bytes
                 why_not.append(f"{source}: {why}")
                 self._stale.append(ask)
-                self._free_at_open_bytes = min(self._free_at_open_bytes, free_bytes)
+                said_bytes.append(free_bytes)
         self._complaint = "; ".join(why_not)
+        return said_bytes
 
     def _free_and_total(self) -> tuple[int, int]:
         memory = self._device_memory()
@@ -108,6 +118,7 @@ class XpuPlatform(TorchPlatform):
 
     def _why_it_does_not_move(self, ask: Ask, before_bytes: int) -> str:
         """ "" where free falls by half of what is taken, or more. Nothing is taken where little is free."""
+        held = self._clients.held_bytes()
         clearly_free_bytes = min(before_bytes, self._host_available()) if self._is_integrated else before_bytes
         if clearly_free_bytes < _CLEARLY_FREE_BYTES:
             return f"{format_bytes(clearly_free_bytes)} free are too little to try whether the figure moves"
@@ -120,6 +131,8 @@ class XpuPlatform(TorchPlatform):
                 raise known from error
             return f"{format_bytes(TRIAL_BYTES)} could not be taken: {first_line(error)}"
         during_bytes = ask()
+        grown = [name for name, now in self._clients.held_bytes().items() if now - held.get(name, 0) >= TRIAL_BYTES // 2]
+        self._address = _only(grown) or self._address
         del taken
         self._runtime.empty_cache()
         if during_bytes is None or before_bytes - during_bytes < TRIAL_BYTES // 2:
@@ -150,9 +163,16 @@ class XpuPlatform(TorchPlatform):
         if free_bytes is None:
             source = "our own account"
             taken_bytes = self._reserved_bytes() - self._reserved_at_open_bytes + self._arena_beside_bytes()
+            held_bytes = self._held_by_kernel()
+            if held_bytes and self._held_at_open_bytes:
+                taken_bytes = held_bytes - self._held_at_open_bytes
             said = [said_bytes for ask in self._stale if (said_bytes := ask()) is not None and said_bytes >= 0]
             free_bytes = min([self._free_at_open_bytes - taken_bytes, *said])
         return DeviceMemory(max(0, min(free_bytes, total_bytes)), total_bytes, source, complaint)
+
+    def _held_by_kernel(self) -> int:
+        """0 where the kernel has no account, or memory is the host's."""
+        return 0 if self._is_integrated or not self._address else self._clients.held_bytes().get(self._address, 0)
 
     # -- what it can do
 
@@ -245,6 +265,31 @@ class XpuPlatform(TorchPlatform):
             "torch": version("torch"),
             **self._describe_share(now),
         }
+
+
+class _KernelsList:
+    """The kernel's account as a list of processes that shows this one alone."""
+
+    def __init__(self, held_bytes: Callable[[], int]) -> None:
+        self._held_bytes = held_bytes
+
+    def free_bytes(self) -> None:
+        """Not in the account."""
+
+    def is_of(self, total_bytes: int) -> bool:
+        """The device was found by what moved on it."""
+        return True
+
+    def process_bytes(self) -> dict[int, int] | None:
+        """This process; None where the account is gone."""
+        held_bytes = self._held_bytes()
+        return {os.getpid(): held_bytes} if held_bytes else None
+
+
+def _only(names: Iterable[str]) -> str:
+    """The one there is; "" where there is none, or more than one."""
+    found = list(names)
+    return found[0] if len(found) == 1 else ""
 
 
 def open_xpu() -> XpuPlatform:

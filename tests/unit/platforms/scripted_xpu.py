@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from brim.platforms.drm_clients import DrmClients
 from brim.platforms.level_zero import LevelZero
 from brim.platforms.xpu import XpuPlatform
 from brim.units import GIB, KIB, MIB
@@ -230,11 +231,12 @@ def open_xpu_scripted(
     with_level_zero: bool = True,
     runtime_class: type[XpuRuntime] = XpuRuntime,
     codes: dict[str, int] | None = None,
+    clients: DrmClients | None = None,
     **properties: Any,
 ) -> OpenedXpu:
-    """properties: of torch's device."""
+    """properties: of torch's device; clients: the kernel's account, none where None."""
     device = device or ScriptedXpu()
     runtime, loader = runtime_class(device, **properties), ScriptedLevelZero(device, codes or {})
     level_zero = LevelZero(UUID, loader, context=context, wait=runtime.synchronize) if with_level_zero else None
-    platform = XpuPlatform(0, runtime=runtime, level_zero=level_zero, root=root, zeros=runtime.zeros)
+    platform = XpuPlatform(0, runtime=runtime, level_zero=level_zero, clients=clients, root=root, zeros=runtime.zeros)
     return OpenedXpu(device, runtime, loader, platform)

@@ -23,6 +23,7 @@ from brim.memory.arena.factory import new_arena
 from brim.memory.arena.virtual_arena import VirtualArena
 from brim.platforms import level_zero, xpu
 from brim.platforms.device_view import HOST, view_at
+from brim.platforms.drm_clients import DrmClients
 from brim.platforms.level_zero import LevelZero
 from brim.platforms.process_share import CONTEXT_BYTES
 from brim.units import GIB, MIB
@@ -54,6 +55,37 @@ def test_free_memory_that_does_not_move_leaves_our_own_account() -> None:
     assert opened.platform.reading().free_bytes == 16 * GIB
     opened.device.reported = 5 * GIB  # a neighbour shows in it
     assert opened.platform.reading().free_bytes == 5 * GIB
+
+
+class TwoCards(DrmClients):
+    """The kernel's account of a process that has two cards open and uses the second."""
+
+    def __init__(self, device: ScriptedXpu) -> None:
+        self.device = device
+        self.beside_bytes = 0  # taken by a library, beside torch's allocator
+
+    def held_bytes(self) -> dict[str, int]:
+        ours_bytes = self.device.context_bytes + self.device.torch_bytes + sum(self.device.handles.values())
+        return {"0000:03:00.0": 12 * MIB, "0000:04:00.0": ours_bytes + self.beside_bytes}
+
+
+def test_the_kernels_account_tells_what_is_ours_where_free_memory_stands_still() -> None:
+    device = ScriptedXpu(reported=24 * GIB)
+    clients = TwoCards(device)
+    opened = open_xpu_scripted(device, clients=clients)
+    device.torch_bytes += 4 * GIB
+    clients.beside_bytes = 120 * MIB
+    now = opened.platform.reading()
+    assert now.ours_bytes == device.context_bytes + 4 * GIB + 120 * MIB
+    assert now.free_bytes == device.total_bytes - now.ours_bytes
+    assert not now.trusted and "did not move" in now.reason, "neighbours are still not seen"
+    assert opened.platform.describe()["context_known_by"] == "measured"
+
+
+def test_an_account_of_several_devices_is_not_used_where_nothing_tells_them_apart() -> None:
+    device = ScriptedXpu(reported="error")
+    opened = open_xpu_scripted(device, clients=TwoCards(device), with_level_zero=False)
+    assert opened.platform.reading().ours_bytes == CONTEXT_BYTES
 
 
 def test_the_cap_is_kept_by_our_own_account_before_memory_is_taken() -> None:
