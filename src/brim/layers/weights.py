@@ -9,6 +9,7 @@ from torch import Tensor
 
 from brim.config.model_spec import ModelSpec
 from brim.kernels.base import Kernels, LinearWeight
+from brim.kernels.planned import KernelFacts
 
 FLOAT_BYTES = 4
 
@@ -83,7 +84,7 @@ def allocate_weights(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, devi
     return DecoderWeights(embedding, layers, norm(hidden), lm_head)
 
 
-def weights_num_bytes(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype) -> int:
+def weights_num_bytes(spec: ModelSpec, kernels: KernelFacts, dtype: torch.dtype) -> int:
     """What `allocate_weights` holds, layout padding included, computed without allocating."""
     hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     heads, kv_heads = spec.num_heads * dim, spec.num_kv_heads * dim
@@ -92,7 +93,7 @@ def weights_num_bytes(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype) -> 
     return matrices_num_bytes(spec, kernels, dtype) + FLOAT_BYTES * (spec.num_layers * floats + hidden)
 
 
-def matrices_num_bytes(spec: ModelSpec, kernels: Kernels, dtype: torch.dtype) -> int:
+def matrices_num_bytes(spec: ModelSpec, kernels: KernelFacts, dtype: torch.dtype) -> int:
     """The matrices alone, embeddings included."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim

@@ -139,7 +139,7 @@ def _try(request: PlanRequest, budget: Budget) -> MemoryPlan | None:
 def _ledger(request: PlanRequest, budget: Budget, cap_bytes: int, limits: StepLimits) -> Ledger:
     """Everything but KV."""
     outside = (
-        LedgerLine("other_processes", "other processes", request.reading.others_bytes, "measured"),
+        LedgerLine("other_processes", "other processes", request.reading.others_bytes, request.reading.known_by),
         LedgerLine("reserve", "reserve", budget.reserve_bytes, "computed"),
     )
     return Ledger(cap_bytes, budget.total_bytes, (*outside, *request.footprint.lines(limits)))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from brim.config.schema import GraphMode, MemoryKind
 from brim.errors import BrimError, DeviceError, DeviceLost, OutOfDeviceMemory
+from brim.platforms.profile import Known, StartCosts, profile_of
 from brim.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class MemoryReading:
     """One reading of the device. total = the least limit that applies to us; others = total - free - ours, at least 0.
 
     free_bytes: what this process could still take. ours_bytes: what it holds. limit_source: which limit total is.
-    An untrusted reading says why in `reason`; our own account and prove then decide.
+    An untrusted reading says why in `reason`; our own account and prove then decide. known_by: "predicted" where the device is
+    not there.
     """
 
     total_bytes: int
@@ -55,6 +57,7 @@ class MemoryReading:
     limit_source: str
     trusted: bool = True
     reason: str = ""
+    known_by: Known = "measured"
 
     @property
     def reachable_bytes(self) -> int:
@@ -123,6 +126,11 @@ class Platform(ABC):
     @abstractmethod
     def describe(self) -> dict[str, object]:
         """Names, versions and sizes for reports: plain JSON values."""
+
+    def start_costs(self) -> StartCosts:
+        """What a start here takes that no arithmetic knows: from the profile of this very device, or what is usual."""
+        profile = profile_of(str(self.describe().get("device", "")))
+        return profile.costs if profile is not None else StartCosts()
 
     def torch_device(self) -> torch.device:
         """Where tensors live."""

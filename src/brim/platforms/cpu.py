@@ -137,15 +137,8 @@ class CpuPlatform(Platform):
         return max(0, before_bytes - self.reading().ours_bytes)
 
     def default_limits(self) -> PlatformDefaults:
-        """Small batches, contexts up to 4,096 and no more memory than they need: a host is shared."""
-        return PlatformDefaults(
-            max_num_seqs=16,
-            max_num_batched_tokens=256,
-            max_model_len_cap=4096,
-            memory="enough",
-            reserve_bytes=default_reserve_bytes(self.reading().free_bytes),
-            context_bytes=CONTEXT_BYTES,
-        )
+        """See host_defaults."""
+        return host_defaults(self.reading().free_bytes)
 
     @property
     def usable_cores(self) -> int:
@@ -189,6 +182,18 @@ class CpuPlatform(Platform):
             if self._proc.meminfo():
                 complaints.append("/proc/self/status has no VmRSS")
         return resident_bytes
+
+
+def host_defaults(free_bytes: int) -> PlatformDefaults:
+    """Small batches, contexts up to 4,096 and no more memory than they need: a host is shared."""
+    return PlatformDefaults(
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        max_model_len_cap=4096,
+        memory="enough",
+        reserve_bytes=default_reserve_bytes(free_bytes),
+        context_bytes=CONTEXT_BYTES,
+    )
 
 
 def _offers_huge_pages(root: Path) -> bool:

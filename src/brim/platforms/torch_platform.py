@@ -316,16 +316,8 @@ class TorchPlatform(Platform):
     # -- what it is
 
     def default_limits(self) -> PlatformDefaults:
-        """All that is free less 256 MiB; where memory is the host's, no more than is needed."""
-        free_bytes = self.reading().free_bytes
-        return PlatformDefaults(
-            max_num_seqs=256,
-            max_num_batched_tokens=8192,
-            max_model_len_cap=0,
-            memory="enough" if self._is_integrated else "max",
-            reserve_bytes=default_reserve_bytes(free_bytes) if self._is_integrated else RESERVE_BYTES,
-            context_bytes=CONTEXT_BYTES,
-        )
+        """See device_defaults."""
+        return device_defaults(self.reading().free_bytes, is_integrated=self._is_integrated)
 
     def _describe_share(self, now: MemoryReading) -> dict[str, object]:
         """What every platform says of its readings."""
@@ -342,6 +334,18 @@ class TorchPlatform(Platform):
             "virtual_memory": self.reasons.get("reserve_commit", "works"),
             "graphs": self.reasons.get("graphs", "work"),
         }
+
+
+def device_defaults(free_bytes: int, *, is_integrated: bool) -> PlatformDefaults:
+    """All that is free less 256 MiB; where memory is the host's (is_integrated), no more than is needed."""
+    return PlatformDefaults(
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len_cap=0,
+        memory="enough" if is_integrated else "max",
+        reserve_bytes=default_reserve_bytes(free_bytes) if is_integrated else RESERVE_BYTES,
+        context_bytes=CONTEXT_BYTES,
+    )
 
 
 class _EventMarker:

@@ -55,12 +55,12 @@ def preview_start(config: BrimConfig, platform: Platform, *, has_model: bool) ->
         finally:
             source.close()
     except BrimError as error:
-        found["refused"] = _refusal(error)
+        found["refused"] = refusal_json(error)
     return found
 
 
 def _decide(config: BrimConfig, platform: Platform, source: ModelSource, has_model: bool) -> dict[str, Any]:
-    selection = _select(config, platform, source.spec)
+    selection = open_kernels(config, platform, source.spec)
     try:
         settings = plan_start(config, platform, selection.kernels, source)
     finally:
@@ -78,7 +78,8 @@ def _decide(config: BrimConfig, platform: Platform, source: ModelSource, has_mod
     return found
 
 
-def _select(config: BrimConfig, platform: Platform, spec: ModelSpec) -> KernelSelection:
+def open_kernels(config: BrimConfig, platform: Platform, spec: ModelSpec) -> KernelSelection:
+    """The kernels that a start would take."""
     most_seqs = config.scheduler.max_num_seqs or platform.default_limits().max_num_seqs
     limits = KernelLimits(most_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
     native = config.device.kernels != "torch"
@@ -106,7 +107,7 @@ def _arena(config: BrimConfig, platform: Platform) -> dict[str, Any]:
     return {"backend": capabilities.arena_backend, "reserve_commit": capabilities.reserve_commit, "reason": reason}
 
 
-def _refusal(error: BrimError) -> dict[str, Any]:
+def refusal_json(error: BrimError) -> dict[str, Any]:
     """The error as `cli.errors` prints it: its sentence and its ledger."""
     known = isinstance(error, (MemoryBudgetError, OutOfDeviceMemory))
     ledger: Ledger | None = error.ledger if known else None  # type: ignore[attr-defined]

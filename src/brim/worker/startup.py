@@ -18,6 +18,7 @@ from brim.engine.messages import StartupProgress
 from brim.errors import ConfigError
 from brim.kernels.base import Kernels
 from brim.kernels.compiler import Backend
+from brim.kernels.planned import KernelFacts
 from brim.kernels.torch_ref import TorchKernels
 from brim.layers.weights import weights_num_bytes
 from brim.memory.footprint import Footprint, fixed_lines
@@ -30,6 +31,7 @@ from brim.memory.workspace import plan_workspace
 from brim.models.base import Model
 from brim.models.loader import CHUNK_BYTES, fill_dummy, load_weights
 from brim.platforms.base import Platform, PlatformDefaults
+from brim.platforms.profile import StartCosts
 from brim.units import MIB, ceil_div
 from brim.worker.compile_choice import choose_compile
 from brim.worker.device_worker import DeviceWorker, foreign_errors
@@ -55,9 +57,6 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _HEAP_BYTES = 16 * MIB
 _HEAP_BYTES_PER_TOKEN = 48  # a prompt as a list of ints, its int64 buffer, its hashes
 _HEAP_TOKENS = 1 << 18
-_STARTING_BYTES = 16 * MIB  # measured: 11 to 14 with 16 sequences, 17 with 64 (docs/memory.md, kernels and programs)
-_STARTING_BYTES_PER_SEQ = 96 << 10
-_ROUNDING_BYTES = 32 * MIB  # measured on an H100: 0 to 20 after loading, 1 to 3 in warm, up to 2 for each large allocation
 _NOISE_BYTES = 2 * MIB  # readings of the same start differ by up to 0.6 MiB
 MakeModel = Callable[[Kernels, StartSettings], Model]
 
@@ -110,7 +109,7 @@ def start_worker(
     return DeviceWorker(ready, _final_ledger(ready, before_bytes))
 
 
-def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source: ModelSource) -> StartSettings:
+def plan_start(config: BrimConfig, platform: Platform, kernels: KernelFacts, source: ModelSource) -> StartSettings:
     """Defaults filled in, the plan made. Raises MemoryBudgetError, ConfigError."""
     spec, defaults = source.spec, platform.default_limits()
     dtype = resolve_dtype(config, platform, spec.stored_dtype)
@@ -120,10 +119,12 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: Kernels, source:
     graphs = choose_graph_mode(config.device, *_available_modes(platform, kernels, spec))
     sizes_for = exact_sizes if kernels.can_record or not kernels.can_capture else rounded_sizes
 
-    def graph_bytes(limits: StepLimits, rows: int) -> int:
-        return 0 if kernels.can_record else predicted_graph_bytes(graphs, sizes_for(limits, rows), spec.num_layers)
+    costs = platform.start_costs()
 
-    footprint = _footprint(source, platform, kernels, dtype, layout, graph_bytes)
+    def graph_bytes(limits: StepLimits, rows: int) -> int:
+        return 0 if kernels.can_record else predicted_graph_bytes(graphs, sizes_for(limits, rows), spec.num_layers, costs)
+
+    footprint = _footprint(source, platform, kernels, dtype, layout, graph_bytes, costs)
     plan = make_plan(
         PlanRequest(
             memory=config.memory.memory or MemoryRequest(defaults.memory),
@@ -169,7 +170,7 @@ def _uses(platform: Platform, kernels: Kernels, settings: StartSettings) -> Star
     )
 
 
-def _available_modes(platform: Platform, kernels: Kernels, spec: ModelSpec) -> tuple[tuple[GraphMode, ...], str]:
+def _available_modes(platform: Platform, kernels: KernelFacts, spec: ModelSpec) -> tuple[tuple[GraphMode, ...], str]:
     """The graph modes that work with these kernels, and what to say where one is missing."""
     if kernels.can_record:
         if spec.logit_softcap:
@@ -221,15 +222,16 @@ def _heap_bytes(limits: StepLimits, layout: KVLayout) -> int:
 def _footprint(
     source: ModelSource,
     platform: Platform,
-    kernels: Kernels,
+    kernels: KernelFacts,
     dtype: torch.dtype,
     layout: KVLayout,
     graph_bytes: Callable[[StepLimits, int], int],
+    costs: StartCosts,
 ) -> Footprint:
     """Everything but KV, from the arithmetic of the very objects that will be built."""
     spec = source.spec
-    context_bytes = platform.reading().ours_bytes
-    fixed = fixed_lines(context_bytes=context_bytes, weight_bytes=weights_num_bytes(spec, kernels, dtype))
+    reading, weight_bytes = platform.reading(), weights_num_bytes(spec, kernels, dtype)
+    fixed = fixed_lines(context_bytes=reading.ours_bytes, weight_bytes=weight_bytes, context_known_by=reading.known_by)
 
     def lines_for(limits: StepLimits) -> list[LedgerLine]:
         workspace = plan_workspace(step_buffers(spec, limits, dtype.itemsize))
@@ -243,11 +245,11 @@ def _footprint(
             LedgerLine("workspace", "step workspace", workspace.num_bytes, "computed"),
         ]
         if platform.capabilities.host_memory:
-            starting = _STARTING_BYTES + limits.max_num_seqs * _STARTING_BYTES_PER_SEQ
+            starting = costs.of("starting_bytes") + limits.max_num_seqs * costs.of("starting_bytes_per_seq")
             lines.append(LedgerLine("activations", "kernels and programs", starting, "predicted"))
             lines.append(LedgerLine("buffers", "set aside for requests", _heap_bytes(limits, layout), "predicted"))
         else:
-            lines.append(LedgerLine("activations", "kernel images, allocator rounding", _ROUNDING_BYTES, "predicted"))
+            lines.append(LedgerLine("activations", "kernel images, allocator rounding", costs.of("rounding_bytes"), "predicted"))
             lines.append(LedgerLine("graphs", "captured steps", graph_bytes(limits, rows), "predicted"))
         return lines
 

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from brim.memory.step_memory import StepLimits
-from brim.units import MIB
+from brim.platforms.profile import StartCosts
 from brim.worker.graph_choice import GraphChoice
 
 _MIXED = (8, 16, 32, 64, 128, 256, 384, 512)
@@ -51,11 +51,11 @@ def rounded_sizes(limits: StepLimits, logit_rows: int) -> StepSizes:
     return StepSizes(Sizes(tuple(tokens)), Sizes(_with_last(rows, logit_rows)), decode, mixed)
 
 
-def predicted_graph_bytes(choice: GraphChoice, sizes: StepSizes, num_layers: int) -> int:
-    """What captures take of the device, for plans: measured on an H100, 0.8 MiB a whole step and 0.13 MiB a piece, rounded up."""
+def predicted_graph_bytes(choice: GraphChoice, sizes: StepSizes, num_layers: int, costs: StartCosts) -> int:
+    """What captures take of the device, for plans."""
     whole = len(sizes.decode) * choice.decode_whole + len(sizes.mixed) * choice.mixed_whole
     pieces = len(sizes.mixed) * choice.pieces * (num_layers + 1)
-    return 0 if choice.mode == "NONE" else 4 * MIB + whole * MIB + pieces * (160 << 10)
+    return costs.graph_bytes(whole, pieces, num_layers)
 
 
 def exact_sizes(limits: StepLimits, logit_rows: int) -> StepSizes:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, SAMPLE_CHUNK, SAMPLE_PART
-from brim.units import ceil_div
+from brim.units import ceil_div, round_up
+
+_MATRIX_ALIGNMENT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,11 @@ class KernelLimits:
     def scratch_bytes(self, num_cores: int) -> int:
         """Bytes of all scratch buffers."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.buffer_shapes(num_cores).values())
+
+
+def matrix_num_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """Bytes of a weight matrix: plain, the next one aligned."""
+    return round_up(out_features * in_features * dtype.itemsize, _MATRIX_ALIGNMENT_BYTES)
 
 
 class Scratch:
