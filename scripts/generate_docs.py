@@ -68,6 +68,7 @@ def documents() -> Iterator[tuple[Path, str]]:
         ["run"],
         ["serve"],
         ["ps"],
+        ["plan"],
         ["doctor"],
         ["bench"],
         *(["bench", name] for name in subcommands("bench")),
@@ -127,7 +128,7 @@ def is_error(kind: object) -> bool:
 
 def verbs() -> list[tuple[str, ...]]:
     """Every verb with flags of its own."""
-    return [("run",), ("serve",), ("ps",), ("doctor",), *(("bench", name) for name in subcommands("bench"))]
+    return [("run",), ("serve",), ("ps",), ("plan",), ("doctor",), *(("bench", name) for name in subcommands("bench"))]
 
 
 def flags_of(verb: list[str]) -> list[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-EXIT_DID_NOT_HOLD = 1
-EXIT_USAGE = 2
+from brim.cli import scenarios
 
 
 def plan(
@@ -28,17 +26,5 @@ def plan(
     """
     if not scenario:
         print("brim: `brim plan` needs --scenario FILE.", file=sys.stderr)
-        raise typer.Exit(EXIT_USAGE)
-    from brim.cli.scenario_table import print_scenario, print_scenarios
-    from brim.runtime import play_scenario
-
-    found = [{"file": str(path), **play_scenario(path)} for path in scenario]
-    if as_json:
-        print(json.dumps(found, indent=2))
-    elif len(found) == 1:
-        print_scenario(found[0], sys.stdout)
-    else:
-        print_scenarios(found, sys.stdout)
-    sys.stdout.flush()
-    if not all(one["ok"] for one in found):
-        raise typer.Exit(EXIT_DID_NOT_HOLD)
+        raise typer.Exit(scenarios.EXIT_USAGE)
+    scenarios.play(scenario, as_json=as_json)

@@ -202,6 +202,7 @@ def _wrong_sum(ledger: Ledger, granularity_bytes: int) -> list[str]:
 
 
 def judge_served(scenario: Scenario, result: RunResult) -> None:
+    """Every request answered, as many failed as expected, and the guard did what it should."""
     served, expected, script = result.served, scenario.expect, scenario.serving
     if served.num_unanswered:
         result.wrong.append(f"{served.num_unanswered} requests have no answer: {served.errors[:1]}")
