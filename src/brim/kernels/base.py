@@ -9,6 +9,7 @@ R rows of logits, B block size in tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from brim.formats.ggml_type import GGMLType
 from brim.kernels.rehearsal import Rehearsal
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -41,9 +43,25 @@ class LinearWeight(ABC):
     def load_rows(self, first_row: int, rows: Tensor) -> None:
         """Store rows [n, in_features] (any float dtype, on host or device) at out-features first_row.. ."""
 
+    def block_type_of(self, row: int) -> GGMLType | None:
+        """The blocks this row and those stored with it are kept in: `load_blocks` fills them. None: floats, see `load_rows`."""
+        return None
+
+    def load_blocks(self, first_row: int, blocks: Tensor) -> None:
+        """Store rows of blocks [n, bytes] uint8, as a GGUF file has them, at out-features first_row.. ."""
+        raise NotImplementedError("this matrix holds no blocks")
+
     @abstractmethod
     def to_dense(self) -> Tensor:
         """The matrix [out_features, in_features] back in plain layout, for tests."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Consecutive rows of a matrix kept alike. block_type: as blocks of that type; None: in the model's dtype."""
+
+    num_rows: int
+    block_type: GGMLType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +118,8 @@ class Kernels(ABC):
     can_record: bool = False  # calls can be stored and run again by the backend itself, see `record`
     can_capture: bool = False  # no call waits for the device or allocates: a device graph can hold them all
     plain_weights: bool = False  # a LinearWeight is a row-major tensor, which other code may read
+    block_types: frozenset[GGMLType] = frozenset()  # quantised weights that are multiplied as they are, see `new_stored_linear`
+    fused_rows: int = 0  # steps of at most so many tokens take norm_linear, norm_gated_linear and add_linear where they can
 
     @property
     def scratch_bytes(self) -> int:
@@ -133,6 +153,16 @@ class Kernels(ABC):
     def linear_num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """Bytes `new_linear` will hold, computed without allocating."""
 
+    def new_stored_linear(self, parts: Sequence[StoredRows], in_features: int, dtype: torch.dtype) -> LinearWeight:
+        """A matrix of the parts one below the other, for x of `dtype`. Their block types are among `block_types`."""
+        assert not any(part.block_type for part in parts), f"{self.name} kernels keep no blocks"
+        return self.new_linear(sum(part.num_rows for part in parts), in_features, dtype)
+
+    def stored_num_bytes(self, parts: Sequence[StoredRows], in_features: int, dtype: torch.dtype) -> int:
+        """Bytes `new_stored_linear` will hold, computed without allocating."""
+        assert not any(part.block_type for part in parts), f"{self.name} kernels keep no blocks"
+        return self.linear_num_bytes(sum(part.num_rows for part in parts), in_features, dtype)
+
     # dense
     @abstractmethod
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
@@ -162,6 +192,21 @@ class Kernels(ABC):
     @abstractmethod
     def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
         """out[R, N] = x[rows[R] int64]."""
+
+    # products with their neighbours, for at most fused_rows rows; without biases
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, out: Tensor) -> None:
+        """out[T, N] = rms_norm(x[T, K], norm[K] f32, eps) @ weight.T, the normed row rounded to x's dtype as rms_norm would."""
+        raise NotImplementedError(f"{self.name} kernels fuse no products")
+
+    def norm_gated_linear(
+        self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, activation: Activation, out: Tensor
+    ) -> None:
+        """out[T, N] = act(gate) * up, where gate and up are the halves of rms_norm(x[T, K]) @ weight[2N, K].T in float32."""
+        raise NotImplementedError(f"{self.name} kernels fuse no products")
+
+    def add_linear(self, x: Tensor, weight: LinearWeight, residual: Tensor) -> None:
+        """residual[T, N] += x[T, K] @ weight.T, the sum made in float32 and rounded once."""
+        raise NotImplementedError(f"{self.name} kernels fuse no products")
 
     # tokens that the host does not know yet
     def resolve_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:

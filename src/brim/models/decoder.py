@@ -46,6 +46,7 @@ class DecoderModel(Model):
         has_full = "full" in spec.layer_kinds
         self._layer_groups = [1 if kind == "sliding" and has_full else 0 for kind in spec.layer_kinds]
         self._query_width = spec.num_heads * spec.head_dim
+        self._fused_rows = kernels.fused_rows if _can_fuse(spec) else 0
         self._segments: tuple[Segment, ...] = tuple(self._build_segments())
 
     def _layer_ropes(self) -> list[RopeSpec]:
@@ -88,8 +89,16 @@ class DecoderModel(Model):
         residual = step.buffers["residual"][:num_tokens]
         hidden = step.buffers["hidden"][:num_tokens]
         self._kernels.embed(step.ids, self.weights.embedding, self.spec.embedding_scale, residual)
+        if num_tokens <= self._fused_rows:
+            self._norm_and_qkv(0, step, residual)
+            return
         self._kernels.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_norm_eps, hidden)
         self._before_attention(0, step, hidden)
+
+    def _norm_and_qkv(self, index: int, step: StepTensors, residual: Tensor) -> None:
+        layer, qkv = self.weights.layers[index], step.buffers["qkv"][: residual.shape[0]]
+        self._kernels.norm_linear(residual, layer.input_norm, self.spec.rms_norm_eps, layer.qkv, qkv)
+        self._rope_and_cache(index, step, qkv)
 
     def _before_attention(self, index: int, step: StepTensors, hidden: Tensor) -> None:
         kernels, layer = self._kernels, self.weights.layers[index]
@@ -125,12 +134,29 @@ class DecoderModel(Model):
         residual, hidden = step.buffers["residual"][:num_tokens], step.buffers["hidden"][:num_tokens]
         is_last = index + 1 == len(weights.layers)
         next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
+        if num_tokens <= self._fused_rows:
+            self._fused_after_attention(step, layer, residual)
+            if is_last:
+                kernels.rms_norm(residual, next_norm, eps, hidden)
+            else:
+                self._norm_and_qkv(index + 1, step, residual)
+            return
         kernels.linear(step.buffers["attention"][:num_tokens], layer.output, hidden, layer.output_bias)
         kernels.add_rms_norm(hidden, residual, layer.mlp_norm, eps, hidden, layer.post_attention_norm)
         self._mlp(step, layer, hidden)
         kernels.add_rms_norm(hidden, residual, next_norm, eps, hidden, layer.post_mlp_norm)
         if not is_last:
             self._before_attention(index + 1, step, hidden)
+
+    def _fused_after_attention(self, step: StepTensors, layer: LayerWeights, residual: Tensor) -> None:
+        """Output projection and MLP of a small step: norms, activation and sums are part of the products."""
+        kernels, num_tokens = self._kernels, residual.shape[0]
+        activated = step.buffers["gate_up"][:num_tokens, : self.spec.intermediate_size]
+        kernels.add_linear(step.buffers["attention"][:num_tokens], layer.output, residual)
+        kernels.norm_gated_linear(
+            residual, layer.mlp_norm, self.spec.rms_norm_eps, layer.gate_up, self.spec.activation, activated
+        )
+        kernels.add_linear(activated, layer.down, residual)
 
     def _mlp(self, step: StepTensors, layer: LayerWeights, hidden: Tensor) -> None:
         kernels = self._kernels
@@ -147,3 +173,8 @@ class DecoderModel(Model):
         cap = self.spec.logit_softcap
         if cap:
             out.div_(cap).tanh_().mul_(cap)
+
+
+def _can_fuse(spec: ModelSpec) -> bool:
+    """Whether products can take in what surrounds them: there is no bias, and no norm between a product and its sum."""
+    return not (spec.attention_bias or spec.output_bias or spec.mlp_bias or spec.sandwich_norms)

@@ -8,7 +8,6 @@ import torch
 from brim.kernels.base import Activation
 from brim.kernels.torch_ref import TorchKernels
 from brim.kernels.triton.kernels import TritonKernels
-from brim.kernels.triton.matmul import vector_product_kernel
 from brim.kernels.triton.scratch import KernelLimits
 
 from .helpers import DTYPES, AttentionShape, assert_close, attention_case, kernels_for, rows_of
@@ -93,15 +92,6 @@ def test_linear(device: str, rows: int, biased: bool) -> None:
         kernels.linear(x, weight, out, bias)
         reference.linear(x, weight, expected, bias)
         assert_close(out, expected)
-
-
-@pytest.mark.parametrize(("cols", "depth"), [(70, 48), (5, 300)])
-def test_vector_product(device: str, cols: int, depth: int) -> None:
-    weight, bias = torch.randn(cols, depth, device=device).half(), torch.randn(cols, device=device)
-    x, out = torch.randn(1, depth, device=device).half(), rows_of(1, cols, torch.float16, device, fill=NAN)
-    tile = {"COLS_BLOCK": 4, "DEPTH_BLOCK": 128}
-    vector_product_kernel[(-(-cols // 4),)](x, weight, bias, out, depth, COLS=cols, DEPTH=depth, HAS_BIAS=True, **tile)
-    assert_close(out, x.float() @ weight.float().t() + bias)
 
 
 def test_scratch_is_what_the_limits_say(device: str) -> None:

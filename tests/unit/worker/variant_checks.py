@@ -26,6 +26,7 @@ from brim.config.model_source import open_model
 from brim.config.model_spec import ModelSpec, spec_from_hf_config
 from brim.config.resolve import resolve
 from brim.engine.sampling_params import SamplingParams
+from brim.kernels.triton.choice import CHOSEN, KernelChoice
 from brim.kernels.triton.kernels import Chip, TritonKernels
 from brim.kernels.triton.rehearsal import TritonRehearsal
 from brim.kernels.triton.scratch import KernelLimits
@@ -57,7 +58,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LENGTH, SEQS, TOKENS = 200, 20, 160
 # The most variants of a kernel, for each attention window; 1 where nothing is said.
 MOST = {"prefill_attention_kernel": 3, "rope_and_cache_kernel": 2, "pick_kernel": 2, "count_ids_kernel": 2, "matmul_kernel": 2,
-        "gather_kernel": 2}  # fmt: skip
+        "gather_kernel": 2, "skinny_product_kernel": 15, "vector_product_kernel": 5}  # fmt: skip
+CHOICES = (CHOSEN, KernelChoice(dependent_launch=True), KernelChoice(dependent_launch=True, fused_rows=16),
+           KernelChoice(fused_rows=64))  # fmt: skip
 
 
 def kernel_limits(spec: ModelSpec, num_seqs: int) -> KernelLimits:
@@ -65,13 +68,13 @@ def kernel_limits(spec: ModelSpec, num_seqs: int) -> KernelLimits:
 
 
 def rehearsed(
-    spec: ModelSpec, limits: StepLimits, dtype: torch.dtype, chip: Chip = CHIP
+    spec: ModelSpec, limits: StepLimits, dtype: torch.dtype, chip: Chip = CHIP, choice: KernelChoice = CHOSEN
 ) -> tuple[TritonRehearsal, tuple[VariantStep, ...]]:
     rehearsal = TritonRehearsal(
-        TARGET, lambda d, launch: TritonKernels(d, kernel_limits(spec, limits.max_num_seqs), chip, launch)
+        TARGET, lambda d, launch: TritonKernels(d, kernel_limits(spec, limits.max_num_seqs), chip, launch, choice)
     )
     steps = rehearse(rehearsal, spec, limits, KVLayout.of(spec, 16, dtype.itemsize), dtype)
-    assert 0 < len(steps) < 16
+    assert 0 < len(steps) < 20
     windows = len(set(spec.layer_kinds))
     for kernel, count in Counter(variant.kernel for variant in rehearsal.variants).items():
         most = MOST.get(kernel, 1) * (windows if "attention" in kernel else 1)
@@ -180,15 +183,18 @@ def lacking(variants: set[Variant] | frozenset[Variant]) -> list[Any]:
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(
-    st.sampled_from(sorted(CONFIGS)), st.integers(1, 600), st.integers(0, 9000), st.integers(1, 9000), st.data(), st.booleans()
-)
-def check_shapes(family: str, seqs: int, more_tokens: int, length: int, data: st.DataObject, wide: bool) -> None:
+    st.sampled_from(sorted(CONFIGS)), st.integers(1, 600), st.integers(0, 9000), st.integers(1, 9000), st.data(), st.booleans(),
+    st.sampled_from(CHOICES),
+)  # fmt: skip
+def check_shapes(
+    family: str, seqs: int, more_tokens: int, length: int, data: st.DataObject, wide: bool, choice: KernelChoice
+) -> None:
     """Padded and captured shapes too: any (T, S, bound on the queries) that limits allow needs what was rehearsed."""
     spec = spec_from_hf_config(CONFIGS[family])
     limits = StepLimits(seqs, seqs + more_tokens, length)
-    chip = Chip(132, wide)
+    chip = Chip(132, wide, dependent_launch=True)
     dtype = torch.bfloat16
-    rehearsal, _ = rehearsed(spec, limits, dtype, chip)
+    rehearsal, _ = rehearsed(spec, limits, dtype, chip, choice)
     layout = KVLayout.of(spec, 16, dtype.itemsize)
     known = rehearsal.variants
     model = RehearsedModel(rehearsal.kernels, spec, limits, layout, dtype, rehearsal.device)

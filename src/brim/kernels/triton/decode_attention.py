@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from brim.kernels.triton.dependent import let_next_start, wait_for_earlier
 from brim.kernels.triton.tiles import load_tile, scaled_scores, softmax_step, tile_pointers
 
 
@@ -108,9 +109,11 @@ def decode_attention_kernel(
     stride_token: tl.constexpr, stride_head: tl.constexpr,
     PARTS: tl.constexpr, SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOGETHER: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (PARTS * KV_HEADS): neighbours take the heads of the same share, whose rows of the cache lie side by side."""
+    """Grid (PARTS * KV_HEADS): neighbours take the heads of the same share, whose rows of the cache lie side by side. Lengths
+    are the step's input, which no kernel writes: the work is cut before the wait."""
+    let_next_start(PDL)
     head = tl.program_id(0) % KV_HEADS
     part = tl.program_id(0) // KV_HEADS
     index = tl.arange(0, SEQS_PAD)
@@ -128,6 +131,7 @@ def decode_attention_kernel(
     col = tl.arange(0, D_PAD)
     inside = (row < GROUP)[:, None] & (col < D)[None, :]
     cell = row[:, None] * D + col[None, :]
+    wait_for_earlier(PDL)
     while tile < stop:
         token = tl.load(query_start + seq).to(tl.int64)
         length = tl.load(seq_lens + seq)

@@ -6,12 +6,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from brim.kernels.triton.dependent import begin_dependent
+
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
 def gather_kernel(
-    source, rows, out, scale, stride_source, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr
-):
+    source, rows, out, scale, stride_source, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
     """out[i] = source[rows[i]] (* scale); grid (rows, column blocks)."""
+    begin_dependent(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < WIDTH
@@ -31,8 +35,11 @@ def _normed(x, weight, cols, inside, eps, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, eps, stride_x, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x, weight, out, eps, stride_x, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False
+):
     """One program a row. The row is read whole before anything is written, so out may be x."""
+    begin_dependent(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < WIDTH
@@ -44,9 +51,10 @@ def rms_norm_kernel(x, weight, out, eps, stride_x, stride_out, WIDTH: tl.constex
 @triton.jit
 def add_rms_norm_kernel(
     x, residual, weight, post_weight, out, eps, stride_x, stride_residual, stride_out,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_POST: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_POST: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """residual += x or its norm, rounded; out = norm of that. One program a row."""
+    begin_dependent(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < WIDTH
@@ -61,8 +69,11 @@ def add_rms_norm_kernel(
 
 
 @triton.jit
-def gated_activation_kernel(gate_up, out, stride_in, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def gated_activation_kernel(
+    gate_up, out, stride_in, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr = False
+):
     """out = act(gate) * up; grid (rows, column blocks). gelu_tanh(x) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    begin_dependent(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < WIDTH
@@ -76,8 +87,9 @@ def gated_activation_kernel(gate_up, out, stride_in, stride_out, WIDTH: tl.const
 
 
 @triton.jit
-def add_bias_kernel(out, bias, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def add_bias_kernel(out, bias, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """out[T, N] += bias[N] f32; grid (rows, column blocks)."""
+    begin_dependent(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < WIDTH

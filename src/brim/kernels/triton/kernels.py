@@ -22,13 +22,15 @@ from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher
 from brim.kernels.triton.cache_folder import replace_unwritable_cache
-from brim.kernels.triton.launch import Launch, launch_now
+from brim.kernels.triton.choice import CHOSEN, KernelChoice
+from brim.kernels.triton.launch import Launch, depending, launch_now
 from brim.kernels.triton.logprobs import count_ids_kernel, penalize_kernel, top_logprobs_kernel
 from brim.kernels.triton.matmul import matmul_kernel
+from brim.kernels.triton.products import ProductLauncher
 from brim.kernels.triton.rehearsal import TritonRehearsal
 from brim.kernels.triton.rope import rope_and_cache_kernel
 from brim.kernels.triton.sampling import chunk_best_kernel, chunk_sum_kernel, pick_kernel, threshold_kernel
-from brim.kernels.triton.scratch import KernelLimits, Scratch
+from brim.kernels.triton.scratch import KernelLimits, Scratch, matrix_num_bytes
 from brim.kernels.triton.tokens import remember_ids_kernel, resolve_ids_kernel
 from brim.kernels.triton.tuning import (
     ELEMENTWISE_BLOCK,
@@ -40,20 +42,22 @@ from brim.kernels.triton.tuning import (
     TOKEN_BLOCK,
     next_power_of_2,
     norm_warps,
+    product_tile,
     rope_heads,
 )
-from brim.units import ceil_div, round_up
+from brim.units import ceil_div
 
 _INTERPRETER_CORES = 2
-_MATRIX_ALIGNMENT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What of a device enters the choice of kernels. wide_products: its matrix library writes float32 of 16-bit matrices."""
+    """What of a device enters the choice of kernels. wide_products: its matrix library writes float32 of 16-bit matrices.
+    dependent_launch: a kernel can start before the one ahead of it ends."""
 
     num_cores: int
     wide_products: bool
+    dependent_launch: bool = False
 
 
 class TritonKernels(Kernels):
@@ -67,9 +71,15 @@ class TritonKernels(Kernels):
     plain_weights = True
 
     def __init__(
-        self, device: torch.device | str, limits: KernelLimits, chip: Chip | None = None, launch: Launch = launch_now
+        self,
+        device: torch.device | str,
+        limits: KernelLimits,
+        chip: Chip | None = None,
+        launch: Launch = launch_now,
+        choice: KernelChoice = CHOSEN,
     ) -> None:
-        """chip: what the device can do, asked of it where None. launch: what becomes of each call of a kernel."""
+        """chip: what the device can do, asked of it where None. launch: what becomes of each call of a kernel. choice: which of
+        several kernels for the same are used."""
         self.device = torch.device(device)
         runs_here = self.device.type not in ("cpu", "meta")
         self._cache_folder = replace_unwritable_cache() if runs_here else None
@@ -77,8 +87,11 @@ class TritonKernels(Kernels):
         if runs_here:
             self._hashing.start()
         self.limits = limits
-        self.chip = chip or Chip(core_count(self.device), _has_wide_products(self.device))
+        self.chip = chip or chip_of(self.device)
+        self.choice, self.fused_rows = choice, choice.fused_rows
+        launch = depending(launch) if choice.dependent_launch and self.chip.dependent_launch else launch
         self._launch = launch
+        self._products = ProductLauncher(launch)
         self._scratch = Scratch(limits, self.chip.num_cores, self.device)
         self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
@@ -104,7 +117,9 @@ class TritonKernels(Kernels):
             return None
         target = driver.active.get_current_target()
         return TritonRehearsal(
-            target, lambda device, launch: TritonKernels(device, self.limits, self.chip, launch), self._hashing.join
+            target,
+            lambda device, launch: TritonKernels(device, self.limits, self.chip, launch, self.choice),
+            self._hashing.join,
         )
 
     def close(self) -> None:
@@ -124,13 +139,17 @@ class TritonKernels(Kernels):
         return TorchLinearWeight(out_features, in_features, dtype, self.device, storage)
 
     def linear_num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        return round_up(out_features * in_features * dtype.itemsize, _MATRIX_ALIGNMENT_BYTES)
+        return matrix_num_bytes(out_features, in_features, dtype)
 
     # dense
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
         """See the contract. A bias is added to the product after that was rounded to out's dtype."""
         matrix = _matrix(weight)
         is_wide = out.dtype != matrix.dtype
+        if x.shape[0] <= self.fused_rows and bias is None:
+            tile = product_tile(x.shape[0], *matrix.shape, gated=False, element_bytes=x.element_size())
+            self._products.launch(x, matrix, out, tile)
+            return
         if is_wide and not self.chip.wide_products:
             self._multiply(x, matrix, out, bias)
             return
@@ -156,6 +175,23 @@ class TritonKernels(Kernels):
             x.stride(0), matrix.stride(0), out.stride(0), COLS=cols, DEPTH=depth, ROWS_BLOCK=block, COLS_BLOCK=64, DEPTH_BLOCK=64,
             HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
         )  # fmt: skip
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, out: Tensor) -> None:
+        matrix = _matrix(weight)
+        tile = product_tile(x.shape[0], *matrix.shape, gated=False, element_bytes=x.element_size())
+        self._products.launch(x, matrix, out, tile, norm=norm, eps=eps)
+
+    def norm_gated_linear(
+        self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, activation: Activation, out: Tensor
+    ) -> None:
+        matrix = _matrix(weight)
+        tile = product_tile(x.shape[0], out.shape[1], matrix.shape[1], gated=True, element_bytes=x.element_size())
+        self._products.launch(x, matrix, out, tile, norm=norm, eps=eps, activation=activation)
+
+    def add_linear(self, x: Tensor, weight: LinearWeight, residual: Tensor) -> None:
+        matrix = _matrix(weight)
+        tile = product_tile(x.shape[0], *matrix.shape, gated=False, element_bytes=x.element_size())
+        self._products.launch(x, matrix, residual, tile, added=True)
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
         rounded = torch.tensor(scale, dtype=out.dtype, device="cpu").item()
@@ -299,6 +335,12 @@ class TritonKernels(Kernels):
             top_logprobs_kernel, (rows,), logits, chosen, out_chosen, out_rank, out_ids, out_values, vocab, logits.stride(0),
             out_ids.stride(0), out_values.stride(0), out_ids.shape[1], BLOCK=SEARCH_BLOCK, num_warps=SEARCH_WARPS,
         )  # fmt: skip
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Asked of the device itself."""
+    dependent = device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Chip(core_count(device), _has_wide_products(device), dependent)
 
 
 def core_count(device: torch.device) -> int:

@@ -15,3 +15,14 @@ class Launch(Protocol):
 def launch_now(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Queue the kernel on the current stream; compiled and loaded where it was not yet."""
     kernel[grid](*arguments, **options)
+
+
+def depending(launch: Launch) -> Launch:
+    """The same, but every kernel that can starts before the ones ahead of it end (see `dependent`)."""
+
+    def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        if "PDL" in kernel.arg_names:
+            options |= {"PDL": True, "launch_pdl": True}
+        launch(kernel, grid, *arguments, **options)
+
+    return start

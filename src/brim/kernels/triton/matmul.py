@@ -6,14 +6,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from brim.kernels.triton.dependent import begin_dependent
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_kernel(
     x, weight, bias, out, num_rows, stride_x, stride_weight, stride_out,
     COLS: tl.constexpr, DEPTH: tl.constexpr, ROWS_BLOCK: tl.constexpr, COLS_BLOCK: tl.constexpr, DEPTH_BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """out[T, N] = x[T, K] @ weight[N, K].T (+ bias[N] f32); grid (column blocks, row blocks). Accumulates in float32."""
+    begin_dependent(PDL)
     row = tl.program_id(1) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
     col = tl.program_id(0) * COLS_BLOCK + tl.arange(0, COLS_BLOCK)
     depth = tl.arange(0, DEPTH_BLOCK)
@@ -29,23 +32,3 @@ def matmul_kernel(
         acc += tl.load(bias + col, mask=col < COLS, other=0.0)[None, :]
     at = out + row.to(tl.int64)[:, None] * stride_out + col[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (col < COLS)[None, :])
-
-
-@triton.jit
-def vector_product_kernel(
-    x, weight, bias, out, stride_weight, COLS: tl.constexpr, DEPTH: tl.constexpr, COLS_BLOCK: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """out[1, N] = x[1, K] @ weight[N, K].T (+ bias[N] f32), a few output columns a program: bound by reading the weights."""
-    col = tl.program_id(0) * COLS_BLOCK + tl.arange(0, COLS_BLOCK)
-    depth = tl.arange(0, DEPTH_BLOCK)
-    w_at = weight + col.to(tl.int64)[:, None] * stride_weight + depth[None, :]
-    acc = tl.zeros([COLS_BLOCK, DEPTH_BLOCK], tl.float32)
-    for begin in tl.range(0, DEPTH, DEPTH_BLOCK):
-        inside = begin + depth < DEPTH
-        w = tl.load(w_at + begin, mask=(col < COLS)[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
-        acc += w.to(tl.float32) * tl.load(x + begin + depth, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.sum(acc, axis=1)
-    if HAS_BIAS:
-        total += tl.load(bias + col, mask=col < COLS, other=0.0)
-    tl.store(out + col, total.to(out.dtype.element_ty), mask=col < COLS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from brim.kernels.triton.dependent import begin_dependent
 from brim.kernels.triton.tiles import load_tile, scaled_scores, softmax_step, tile_pointers
 
 
@@ -47,9 +48,11 @@ def prefill_attention_kernel(
     stride_table, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
     SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (row blocks * KV_HEADS), the last queries (whose contexts are longest) first. Sequences with fewer than
     least_queries new tokens are left to decode attention."""
+    begin_dependent(PDL)
     head = tl.program_id(0) % KV_HEADS
     block = tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     queries: tl.constexpr = ROWS // GROUP

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from brim.kernels.triton.dependent import begin_dependent
+
 
 @triton.jit
 def _pick(q_norm, k_norm, at, inside, is_q):
@@ -30,9 +32,10 @@ def rope_and_cache_kernel(
     qkv, positions, cos_sin, cache, slots, q_norm, k_norm, eps, stride_qkv, stride_table,
     stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, stride_head: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, NORMED: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (tokens, blocks of q heads then of k heads then of v heads). Heads are handled as two halves of D."""
+    begin_dependent(PDL)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     q_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK

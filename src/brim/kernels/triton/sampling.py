@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from brim.kernels.triton.dependent import begin_dependent
+
 MAX_INT = tl.constexpr(2147483647)
 ONE_KEY = tl.constexpr(0x3F800000)  # the key of p = 1
 
@@ -46,9 +48,10 @@ def _keys(x, best, factor):
 @triton.jit
 def chunk_best_kernel(
     logits, best_value, best_id, part_best, vocab, stride_row, stride_chunk, stride_part,
-    CHUNK: tl.constexpr, PART: tl.constexpr,
+    CHUNK: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The largest logit and its lowest id in each chunk, the largest in each part of it; grid (rows, chunks)."""
+    begin_dependent(PDL)
     row, chunk = tl.program_id(0), tl.program_id(1)
     part = chunk * (CHUNK // PART) + tl.arange(0, CHUNK // PART)
     ids = part[:, None] * PART + tl.arange(0, PART)[None, :]
@@ -142,9 +145,10 @@ def _best_of_row(best_value, stride_chunk, row, chunks, CHUNKS_PAD: tl.constexpr
 @triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p"])
 def threshold_kernel(
     logits, part_best, active, threshold, temperature, top_k, top_p, min_p, vocab, stride_row, stride_part, parts,
-    PARTS_PAD: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS_PAD: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The least key a row keeps; one program a row. Rows that are greedy or keep everything cost nothing."""
+    begin_dependent(PDL)
     row = tl.program_id(0)
     t = tl.load(temperature + row)
     k = tl.load(top_k + row)
@@ -178,9 +182,10 @@ def threshold_kernel(
 @triton.jit(do_not_specialize_on_alignment=["temperature"])
 def chunk_sum_kernel(
     logits, best_value, threshold, sums, temperature, vocab, stride_row, stride_chunk, chunks,
-    CHUNKS_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The mass kept in each chunk; grid (rows, chunks)."""
+    begin_dependent(PDL)
     row, chunk = tl.program_id(0), tl.program_id(1)
     t = tl.load(temperature + row)
     if t > 0.0:
@@ -194,9 +199,10 @@ def chunk_sum_kernel(
 @triton.jit(do_not_specialize_on_alignment=["temperature", "seed", "position", "out"])
 def pick_kernel(
     logits, best_value, best_id, threshold, sums, temperature, seed, position, out, vocab, stride_row, stride_chunk, chunks,
-    CHUNKS_PAD: tl.constexpr, CHUNK: tl.constexpr, GREEDY: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr, CHUNK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The row's id: the argmax, or the first id whose running mass passes uniform * total. One program a row."""
+    begin_dependent(PDL)
     row = tl.program_id(0)
     index = tl.arange(0, CHUNKS_PAD)
     real = index < chunks

@@ -79,3 +79,39 @@ SAMPLE_PART = 256  # ids whose best value is kept, so that searches skip them to
 SEARCH_BLOCK = 4096
 SEARCH_WARPS = 16
 TOKEN_BLOCK = 128  # ids one program moves
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTile:
+    """Tile of a skinny product. rows 1: no matrix units. ahead: columns of the weights asked for before the wait."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    ahead: int
+
+
+PRODUCT_ROWS = (1, 16, 32, 64)  # classes of the number of rows; more are cut into blocks of the last
+
+
+def product_tile(num_rows: int, cols: int, depth: int, *, gated: bool, element_bytes: int = 2) -> ProductTile:
+    """Tile of num_rows x depth @ depth x cols; gated: two such products at once."""
+    rows = next((size for size in PRODUCT_ROWS if num_rows <= size), PRODUCT_ROWS[-1])
+    tile = PRODUCT_TILES[rows, gated]
+    shrink = element_bytes // 2
+    width = max(16, min(tile.depth // shrink, next_power_of_2(depth)))
+    return replace(tile, depth=width, ahead=min(tile.ahead, depth), cols=min(tile.cols, max(16, next_power_of_2(cols))))
+
+
+PRODUCT_TILES = {
+    (1, False): ProductTile(1, 4, 1024, 4, 2, 1024),
+    (1, True): ProductTile(1, 2, 1024, 4, 2, 1024),
+    (16, False): ProductTile(16, 16, 256, 2, 4, 1024),
+    (16, True): ProductTile(16, 16, 128, 2, 4, 1024),
+    (32, False): ProductTile(32, 16, 256, 2, 4, 1024),
+    (32, True): ProductTile(32, 16, 128, 2, 4, 1024),
+    (64, False): ProductTile(64, 16, 128, 4, 4, 1024),
+    (64, True): ProductTile(64, 16, 128, 4, 4, 1024),
+}

@@ -1,0 +1,21 @@
+"""Which of several kernels that give the same result are used. Owns the settings and the one in force.
+
+What is not the default has passed the interpreter's tests and compiles, but was not yet measured to be faster, or not on every
+shape; `benchmarks/cuda_tuning.py` measures. A choice enters which variants exist, never what they compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """dependent_launch: kernels start before the ones ahead of them end, on devices that can (`dependent`). fused_rows: steps of
+    at most so many tokens take our own products with norm, activation and residual folded in (`skinny`); 0: none."""
+
+    dependent_launch: bool = False
+    fused_rows: int = 0
+
+
+CHOSEN = KernelChoice()

@@ -1,0 +1,130 @@
+"""Products of few rows with their neighbours folded in, against the reference's separate calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from brim.kernels.base import Activation, Kernels
+from brim.kernels.torch_ref import TorchKernels
+from brim.kernels.triton.choice import KernelChoice
+from brim.kernels.triton.kernels import TritonKernels
+from brim.kernels.triton.launch import depending, launch_now
+from brim.kernels.triton.products import ProductLauncher
+from brim.kernels.triton.scratch import KernelLimits
+from brim.kernels.triton.tuning import PRODUCT_ROWS, ProductTile, product_tile
+
+from .helpers import assert_close, rows_of
+
+NAN = float("nan")
+DTYPES = [torch.float32, torch.float16]  # the interpreter multiplies no bfloat16
+HALF = torch.float16
+
+
+def kernels_on(device: str) -> TritonKernels:
+    return TritonKernels(device, KernelLimits(80, 4, 2, 16, 100), choice=KernelChoice(fused_rows=80))
+
+
+def both(device: str, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[tuple[Kernels, Any], tuple[Kernels, Any]]:
+    """Kernels with the same weight: ours, and the reference in float32."""
+    values = torch.randn(out_features, in_features).to(dtype)
+    made = []
+    for kernels, kept in ((kernels_on(device), dtype), (TorchKernels(device), torch.float32)):
+        weight = kernels.new_linear(out_features, in_features, kept)
+        weight.load_rows(0, values)
+        made.append((kernels, weight))
+    return made[0], made[1]
+
+
+def expected_norm(x: Tensor, norm: Tensor) -> Tensor:
+    """Normed and rounded to x's type, then float32."""
+    out = torch.empty_like(x)
+    TorchKernels(x.device).rms_norm(x, norm, 1e-6, out)
+    return out.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(1, 37, 72), (5, 64, 144), (33, 20, 96), (70, 36, 40)])
+def test_norm_and_product(device: str, rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    (ours, weight), (reference, plain) = both(device, out_features, in_features, dtype)
+    x, norm = rows_of(rows, in_features, dtype, device, pad=8), torch.rand(in_features, device=device) + 0.5
+    out = rows_of(rows, out_features, dtype, device, pad=4, fill=NAN)
+    expected = torch.empty(rows, out_features, device=device)
+    ours.norm_linear(x, norm, 1e-6, weight, out)
+    reference.linear(expected_norm(x, norm), plain, expected)
+    assert_close(out, expected, 1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # infinity is what is meant
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_norm_product_and_activation(device: str, rows: int, activation: Activation) -> None:
+    (ours, weight), (reference, plain) = both(device, 2 * 40, 72, HALF)
+    x, norm = rows_of(rows, 72, HALF, device), torch.rand(72, device=device) + 0.5
+    out = rows_of(rows, 40, HALF, device, pad=40, fill=NAN)
+    gate_up, expected = torch.empty(rows, 80, device=device), torch.empty(rows, 40, device=device)
+    ours.norm_gated_linear(x, norm, 1e-6, weight, activation, out)
+    reference.linear(expected_norm(x, norm), plain, gate_up)
+    reference.gated_activation(gate_up, expected, activation)
+    assert_close(out, expected, 2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 18])
+def test_sum_with_the_residual(device: str, rows: int) -> None:
+    (ours, weight), (reference, plain) = both(device, 24, 80, HALF)
+    x, residual = rows_of(rows, 80, HALF, device, pad=16), rows_of(rows, 24, HALF, device)
+    product = torch.empty(rows, 24, device=device)
+    reference.linear(x.float(), plain, product)
+    expected = residual.float() + product
+    ours.add_linear(x, weight, residual)
+    assert_close(residual, expected, 2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 17, 64])
+def test_logits_of_few_rows(device: str, rows: int) -> None:
+    (ours, weight), (reference, plain) = both(device, 50, 40, HALF)
+    x = rows_of(rows, 40, HALF, device)
+    out, expected = torch.full((rows, 50), NAN, device=device), torch.empty(rows, 50, device=device)
+    ours.linear(x, weight, out)
+    reference.linear(x.float(), plain, expected)
+    assert_close(out, expected, 1e-4)
+
+
+def test_a_row_is_the_same_among_others(device: str) -> None:
+    (ours, weight), _ = both(device, 48, 64, HALF)
+    x, norm = rows_of(15, 64, HALF, device), torch.ones(64, device=device)
+    together, alone = (rows_of(n, 48, HALF, device, fill=NAN) for n in (15, 2))
+    ours.norm_linear(x, norm, 1e-6, weight, together)
+    ours.norm_linear(x[3:5], norm, 1e-6, weight, alone)
+    assert torch.equal(alone, together[3:5])
+
+
+@pytest.mark.parametrize(("cols", "depth"), [(16, 16), (32, 64), (64, 128)])
+def test_tiles_give_the_same_product(device: str, cols: int, depth: int) -> None:
+    x, matrix = rows_of(7, 200, torch.float32, device), torch.randn(50, 200, device=device)
+    out = rows_of(7, 50, torch.float32, device, fill=NAN)
+    ProductLauncher(launch_now).launch(x, matrix, out, ProductTile(16, cols, depth, 4, 2, 0))
+    assert_close(out, x @ matrix.T, 1e-5)
+
+
+def test_a_tile_for_every_number_of_rows() -> None:
+    for rows in range(1, 200):
+        tile = product_tile(rows, 4096, 1024, gated=False)
+        assert tile.rows in PRODUCT_ROWS and (tile.rows >= rows or tile.rows == PRODUCT_ROWS[-1])
+        assert (tile.rows == 1) == (rows == 1)
+
+
+def test_kernels_that_depend_on_the_one_before_are_told_so() -> None:
+    launches: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __init__(self, names: list[str]) -> None:
+            self.arg_names = names
+
+    start = depending(lambda kernel, grid, *arguments, **options: launches.append(options))
+    start(Kernel(["x", "PDL"]), (1,), 1, num_warps=4)
+    start(Kernel(["x"]), (1,), 1, num_warps=4)
+    assert launches == [{"num_warps": 4, "PDL": True, "launch_pdl": True}, {"num_warps": 4}]
