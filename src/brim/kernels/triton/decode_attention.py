@@ -123,8 +123,7 @@ def decode_attention_kernel(
     tiles = _tile_count(ends - starts, tl.load(seq_lens + index, mask=real, other=0), KEYS, WINDOW)
     line = tl.sum(tiles, axis=0)
     share = (line + PARTS - 1) // PARTS
-    tile = part * share
-    stop = tl.minimum(tile + share, line)
+    tile, stop = part * share, tl.minimum(part * share + share, line)
     seq = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
     before = tl.sum(tl.where(index < seq, tiles, 0), axis=0)  # tiles of all sequences before seq
     row = tl.arange(0, ROWS)
