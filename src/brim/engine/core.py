@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -148,6 +149,12 @@ class EngineCore:
                 return outputs
             if not self.guard.grow_now():
                 return outputs + self._fail_stuck()
+
+    def tend(self) -> None:
+        """Between requests: give memory back that neighbours on the device need, or take back what they left."""
+        if not self.has_work:
+            with suppress(OutOfDeviceMemory):  # what cannot be moved now is tried again
+                self.guard.adjust()
 
     def _advance(self, failing: list[StepPlan], *, alone: bool) -> tuple[StepPlan, StepResult] | None:
         """Plan and submit while the pipeline has room, then wait for the oldest step. `failing` gets the plan being worked on.

@@ -3,7 +3,7 @@
 Owns the child's life: it reads its launch from stdin, serves until told to stop, and never outlives its parent. How the core is
 built is given (`brim.engine_main` gives the real one).
 
-    idle                  blocked on the socket: no CPU
+    idle                  blocked on the socket; once a second it follows what its neighbours on the device need or leave
     work                  messages that have arrived, then one step, then one StepOutputs
     a BrimError           EngineFailed, exit 1; nothing is closed: what failed may hang in it, and the system takes all back
     the parent is gone    exit at once: stdin ends, and the kernel kills where it can
@@ -39,6 +39,7 @@ from brim.errors import BrimError, MemoryBudgetError, OutOfDeviceMemory
 
 BuildCore = Callable[[BrimConfig, Callable[[StartupProgress], None]], tuple[EngineCore, dict[str, Any]]]
 _PR_SET_PDEATHSIG = 1
+_IDLE_CHECK_S = 1.0
 
 
 class EngineLaunch(msgspec.Struct, frozen=True):
@@ -105,13 +106,15 @@ def serve_engine(core: EngineCore, info: dict[str, Any], channel: EngineChannel)
     """Serve until a "shutdown" call. Raises what the core raises when it cannot go on (EngineError, DeviceLost)."""
     channel.send(EngineReady(info))
     while True:
-        for message in channel.receive(block=not core.has_work):
+        for message in channel.receive(wait_s=0.0 if core.has_work else _IDLE_CHECK_S):
             if not _handle(core, message, channel):
                 return
         if core.has_work:
             outputs = core.step()
             if outputs:
                 channel.send(StepOutputs(outputs))
+        else:
+            core.tend()
 
 
 def _handle(core: EngineCore, message: ToEngine, channel: EngineChannel) -> bool:

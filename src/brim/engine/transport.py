@@ -27,8 +27,8 @@ _LINGER_MS = 2000  # how long the last words of a closing side may take
 class EngineChannel(Protocol):
     """The engine's side. Tests use a list-backed one."""
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
-        """All messages that have arrived; with `block` waits for the first."""
+    def receive(self, *, wait_s: float) -> list[ToEngine]:
+        """All messages that have arrived; for the first it waits so long."""
 
     def send(self, message: FromEngine) -> None:
         """Queue a message; never blocks."""
@@ -50,14 +50,14 @@ class ZmqEngineChannel:
         self._encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
+    def receive(self, *, wait_s: float) -> list[ToEngine]:
         """See EngineChannel."""
-        return list(self._arrived(block))
+        if wait_s and not self._socket.poll(int(wait_s * 1000)):
+            return []
+        return list(self._arrived())
 
-    def _arrived(self, block: bool) -> Iterator[ToEngine]:
+    def _arrived(self) -> Iterator[ToEngine]:
         try:
-            if block:
-                yield self._decoder.decode(self._socket.recv())
             while True:
                 yield self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
         except zmq.Again:

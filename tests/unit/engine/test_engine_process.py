@@ -48,8 +48,8 @@ class ListChannel:
         self.sent: list[FromEngine] = []
         self.num_blocked = 0
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
-        if not block:
+    def receive(self, *, wait_s: float) -> list[ToEngine]:
+        if not wait_s:
             return []
         self.num_blocked += 1
         return self.batches.popleft() if self.batches else [ControlCall(99, "shutdown")]
@@ -80,6 +80,15 @@ def test_the_loop_serves_and_blocks_only_when_idle(rig: Callable[..., Any]) -> N
     assert stats.result["kv"]["groups"] == memory.result["kv"]["groups"]
     assert "nonsense" in (nonsense.error or "")
     assert bye == ControlReply(99, {})
+
+
+def test_an_idle_engine_follows_its_neighbours(rig: Callable[..., Any]) -> None:
+    engine = rig(num_blocks=40)
+    engine.executor.pressure = 20 * 64
+    channel = ListChannel([], [AddRequest("a", [5, 6, 7], GREEDY, 0.0)])
+    serve_engine(engine.core, {}, channel)
+    assert engine.executor.committed == (20,) == engine.scheduler.blocks.num_blocks
+    assert channel.tokens("a")[-1] == 9, "served as before, to its stop id"
 
 
 def test_an_abort_ends_a_sequence(rig: Callable[..., Any]) -> None:
@@ -131,8 +140,8 @@ def test_messages_cross_a_private_socket_unchanged(use_ipc: bool) -> None:
     def answer_all(address: str, server_key: str, got: list[ToEngine]) -> None:
         channel = ZmqEngineChannel(address, server_key)
         while len(got) < len(messages):
-            got += channel.receive(block=True)
-        assert channel.receive(block=False) == []
+            got += channel.receive(wait_s=5.0)
+        assert channel.receive(wait_s=0.0) == []
         channel.send(ControlReply(7, {"count": np.int64(3), "ratio": np.float64(0.5), "list": [1, None]}))
         channel.close()
 
