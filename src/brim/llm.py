@@ -81,12 +81,12 @@ class LLM:
         if len(each) != len(many):
             raise errors.InvalidParameter(f"{len(many)} prompts but {len(each)} params; give one or as many.", param="params")
         encoded = [self._encode(prompt) for prompt in many]
-        ids = [self._add(prompt_ids, p) for prompt_ids, p in zip(encoded, each, strict=True)]
+        ids = [self.add_request(prompt_ids, p) for prompt_ids, p in zip(encoded, each, strict=True)]
         results: dict[str, RequestOutput] = {}
         wanted = dict(zip(ids, zip(many, encoded, strict=True), strict=True))
         try:
             while len(results) < len(ids):
-                for chunk in self._step():
+                for chunk in self.step():
                     result = self._collectors[chunk.request_id].add(chunk)
                     if result is not None:
                         prompt, prompt_ids = wanted[chunk.request_id]
@@ -102,7 +102,7 @@ class LLM:
                     self._show_progress(len(results), len(ids))
         finally:
             for request_id in ids:
-                self._forget(request_id)
+                self.abort_request(request_id)
         ordered = [results[request_id] for request_id in ids]
         if len(ordered) == 1:
             _raise_error(ordered[0].outputs[0].error, ordered[0].outputs[0].error_kind)
@@ -115,10 +115,10 @@ class LLM:
         """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
         prompt_ids = self._encode_chat(prompt) if is_chat else self._encode(prompt)  # type: ignore[arg-type]
-        request_id = self._add(prompt_ids, params or SamplingParams())
+        request_id = self.add_request(prompt_ids, params or SamplingParams())
         try:
             while True:
-                for chunk in self._step():
+                for chunk in self.step():
                     if chunk.request_id != request_id:
                         continue
                     _raise_error(chunk.error, chunk.error_kind)
@@ -126,11 +126,34 @@ class LLM:
                     if chunk.is_last:
                         return
         finally:
-            self._forget(request_id)
+            self.abort_request(request_id)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
         """One answer to a conversation ([{"role": "user", "content": ...}, ...]), by the model's chat template."""
         return self.generate([self._encode_chat(messages)], params)[0]
+
+    # -- a step at a time, for callers with a loop of their own
+
+    def add_request(self, prompt_ids: list[int], params: SamplingParams) -> str:
+        """Start a request; the id that its chunks carry. Nothing is computed before `step`."""
+        request_id = f"llm-{next(self._numbers)}"
+        for message in self._processor.add(request_id, prompt_ids, params, arrival_s=time.time()):
+            self._core.add(message)
+        self._collectors[request_id] = CompletionCollector(request_id)
+        return request_id
+
+    def step(self) -> list[CompletionChunk]:
+        """One step for all requests, and what is new of them. A request ends with the chunk that `is_last`."""
+        processed = self._processor.process(self._core.step())
+        for abort in processed.aborts:
+            self._core.abort(abort.request_id)
+        return processed.chunks
+
+    def abort_request(self, request_id: str) -> None:
+        """Forget a request, ended or not; unknown ids are ignored."""
+        for abort in self._processor.abort(request_id):
+            self._core.abort(abort.request_id)
+        self._collectors.pop(request_id, None)
 
     # -- what it is
 
@@ -170,24 +193,6 @@ class LLM:
 
     def _encode_chat(self, messages: Any) -> list[int]:
         return self._front.encode_chat(messages)
-
-    def _add(self, prompt_ids: list[int], params: SamplingParams) -> str:
-        request_id = f"llm-{next(self._numbers)}"
-        for message in self._processor.add(request_id, prompt_ids, params, arrival_s=time.time()):
-            self._core.add(message)
-        self._collectors[request_id] = CompletionCollector(request_id)
-        return request_id
-
-    def _step(self) -> list[CompletionChunk]:
-        processed = self._processor.process(self._core.step())
-        for abort in processed.aborts:
-            self._core.abort(abort.request_id)
-        return processed.chunks
-
-    def _forget(self, request_id: str) -> None:
-        for abort in self._processor.abort(request_id):
-            self._core.abort(abort.request_id)
-        self._collectors.pop(request_id, None)
 
     def _show_progress(self, done: int, total: int) -> None:
         print(f"\r{done}/{total} requests", end="\n" if done == total else "", file=sys.stderr, flush=True)

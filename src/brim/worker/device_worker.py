@@ -98,9 +98,10 @@ class DeviceWorker(Executor):
         return self._platform.pressure_bytes(self._reserve_bytes)
 
     def memory_report(self) -> dict[str, Any]:
-        """The account after prove with its phases, and what is held now."""
+        """The account after prove with its phases, and what is held and free now."""
         report = report_json(self._plan, self.ledger, self._profiler.records)
-        report["resident_bytes"] = self._platform.reading().ours_bytes
+        now = self._platform.reading()
+        report["resident_bytes"], report["free_bytes"] = now.ours_bytes, now.free_bytes
         report["peak_bytes"] = self._platform.peak_ours_bytes()
         return report
 
