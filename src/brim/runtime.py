@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,11 @@ from brim.kernels.select import KernelSelection, select_kernels
 from brim.kernels.triton.scratch import KernelLimits
 from brim.memory.certificate import Certificate, low_water_bytes
 from brim.platforms.base import Platform
-from brim.platforms.detect import detect
+from brim.platforms.detect import detect, registered
 from brim.platforms.scenario import read_scenario
 from brim.worker.device_worker import DeviceWorker
+from brim.worker.plan_device import plan_device
+from brim.worker.plan_preview import open_planned, plan_model, plan_together
 from brim.worker.scripted_run import run_scenario
 from brim.worker.scripted_verdict import verdict_json
 from brim.worker.startup import start_worker
@@ -90,6 +92,19 @@ def play_scenario(path: Path) -> dict[str, Any]:
     """What Brim does on the scripted device of a file, and what it should have done (docs/scenarios.md). Raises ConfigError."""
     scenario = read_scenario(path)
     return verdict_json(scenario, run_scenario(scenario, core_over))
+
+
+def plan_starts(configs: Sequence[BrimConfig], devices: Sequence[str], parts: EngineParts | None = None) -> dict[str, Any]:
+    """What starts of these models would come to on each of these devices (docs/planning.md); several models share a device.
+
+    Raises ModelError, ConfigError, DeviceError, and MemoryBudgetError where several models do not fit together."""
+    parts, started = parts or EngineParts(), time.perf_counter()
+    known = [plan_device(name, parts.detect, set(registered()) - {"auto"}) for name in devices]
+    models = [open_planned(config) for config in configs]
+    plans = []
+    for device in known:
+        plans += [plan_model(models[0], device)] if len(models) == 1 else plan_together(models, device)
+    return {"plans": plans, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConfig, dict[str, str]]:

@@ -2,29 +2,82 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from brim.cli import scenarios
+from brim.cli.options import ENGINE_GROUPS, build_config, with_settings
+
+EXIT_DID_NOT_HOLD = 1
+EXIT_USAGE = 2
+_NO_SETTINGS = ("device", "tokenizer", "chat_template", "seed", "load_format")
 
 
+@with_settings(groups=ENGINE_GROUPS, without=_NO_SETTINGS)
 def plan(
+    *,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL...", help="A folder, a .gguf, a config.json, a hub id, or demo; several share the device."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="NAME", help="this, h100-80g, cpu:16GiB or a profile's file; repeatable."),
+    ] = None,
     scenario: Annotated[
         list[Path] | None,
         typer.Option(
             "--scenario", metavar="FILE", help="Start on the scripted device of this file (docs/scenarios.md); repeatable."
         ),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw stacked bars: over devices, or over settings.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the tables.")] = False,
+    settings: dict[str, Any],
 ) -> None:
-    """Play starts on scripted devices: does it start, how many KV tokens, and does what the file expects hold.
+    """Plan the memory of a start, without weights and without the device; or play starts on scripted devices.
 
-    Exit status: 0 all holds, 1 something does not, 2 wrong usage.
+    Exit status: 0 all fits (all holds), 1 something does not, 2 wrong usage.
     """
-    if not scenario:
-        print("brim: `brim plan` needs --scenario FILE.", file=sys.stderr)
-        raise typer.Exit(scenarios.EXIT_USAGE)
-    scenarios.play(scenario, as_json=as_json)
+    if scenario:
+        _play(scenario, as_json)
+        return
+    if not models:
+        print("brim: `brim plan` needs a MODEL, or --scenario FILE.", file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
+    from brim.runtime import plan_starts
+
+    found = plan_starts([build_config(model, settings) for model in models], device or ["this"])
+    if plot is not None:
+        from brim.cli.plan_plot import draw
+
+        draw(found, plot)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        from brim.cli.plan_report import print_plans
+
+        print_plans(found, sys.stdout)
+    sys.stdout.flush()
+    if not all(one["fits"] for one in found["plans"]):
+        raise typer.Exit(EXIT_DID_NOT_HOLD)
+
+
+def _play(scenario: list[Path], as_json: bool) -> None:
+    from brim.cli.scenario_table import print_scenario, print_scenarios
+    from brim.runtime import play_scenario
+
+    found = [{"file": str(path), **play_scenario(path)} for path in scenario]
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif len(found) == 1:
+        print_scenario(found[0], sys.stdout)
+    else:
+        print_scenarios(found, sys.stdout)
+    sys.stdout.flush()
+    if not all(one["ok"] for one in found):
+        raise typer.Exit(EXIT_DID_NOT_HOLD)

@@ -32,12 +32,12 @@ class ModelSource:
             self.weights.close()
 
 
-def open_model(config: ModelConfig) -> ModelSource:
-    """Find and open the model; nothing large is read.
+def open_model(config: ModelConfig, files: ModelFiles | None = None) -> ModelSource:
+    """Find and open the model; nothing large is read. files: where it was found already.
 
     Raises ModelNotFound, BrokenModel or UnsupportedModel with what to do.
     """
-    files = resolve_model(config.model, config.revision)
+    files = files or resolve_model(config.model, config.revision)
     dummy = config.load_format == "dummy"
     if not dummy and files.kind == "config_only":
         spec_from_hf_config(_read_json(files.config_path))  # what cannot run with any weights is said first

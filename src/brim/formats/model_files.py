@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MAX_HUB_ID = 96  # the Hub's own limit
 _HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w./-]+\.gguf)")
 _HUB_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*"]
-_HUB_FILES += ["*.safetensors", "*.safetensors.index.json"]
+_HUB_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _HUB_IGNORED = ["*/*", "consolidated*", "adapter_*"]
 _NOT_THE_MODEL = ("consolidated", "adapter_")
 _WHAT_A_MODEL_IS = "give 'demo', a folder with config.json, a .gguf file, a config.json, or a Hub id like owner/name"
@@ -66,8 +66,12 @@ class ModelFiles:
         )
 
 
-def resolve_model(model: str, revision: str | None = None, cache_dir: Path | None = None) -> ModelFiles:
+def resolve_model(
+    model: str, revision: str | None = None, cache_dir: Path | None = None, *, with_weights: bool = True
+) -> ModelFiles:
     """The files of `model`. `revision` is a Hub branch, tag or commit; `cache_dir` replaces the user's cache folder.
+
+    with_weights False: of a Hub folder only what is small is downloaded; a .safetensors file stands for its folder.
 
     Raises ModelNotFound with what to do where there is no such model, UnsupportedModel for weights in other formats.
     """
@@ -75,7 +79,8 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: Path | Non
         return _gguf_files(demo_model((cache_dir or cache_folder()) / "models"), "demo")
     path = Path(model).expanduser() if "\0" not in model else Path()
     if _exists(path) and model:
-        return _local_files(path)
+        is_part = path.suffix == ".safetensors" and not with_weights
+        return _local_files(path.parent if is_part else path)
     is_path = model.startswith(("/", ".", "~", "\\")) or "\\" in model
     in_hub = _HUB_GGUF.fullmatch(model)
     if in_hub and not is_path and ".." not in model:
@@ -83,7 +88,7 @@ def resolve_model(model: str, revision: str | None = None, cache_dir: Path | Non
     is_hub_id = _HUB_ID.fullmatch(model) and ".." not in model and len(model) <= _MAX_HUB_ID and not is_path
     if not is_hub_id or model.endswith((".gguf", ".json")):
         raise ModelNotFound(f"There is no model at '{model[:200]}'; {_WHAT_A_MODEL_IS}.")
-    return dataclasses.replace(_folder_files(_download_folder(model, revision)), name=model)
+    return dataclasses.replace(_folder_files(_download_folder(model, revision, with_weights)), name=model)
 
 
 def open_weights(files: ModelFiles) -> WeightSource | None:
@@ -156,11 +161,12 @@ def _safetensors_of(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(_NOT_THE_MODEL))
 
 
-def _download_folder(repo: str, revision: str | None) -> Path:
+def _download_folder(repo: str, revision: str | None, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = [*_HUB_FILES, *_HUB_WEIGHTS] if with_weights else _HUB_FILES
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=_HUB_IGNORED))
     except Exception as error:  # the boundary to a library with several error trees
         raise _hub_error(repo, revision, error) from error
 
