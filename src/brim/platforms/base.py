@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from brim.config.schema import GraphMode, MemoryKind
 from brim.errors import BrimError, DeviceError, DeviceLost, OutOfDeviceMemory
-from brim.platforms.profile import Known, StartCosts, profile_of
+from brim.platforms.profile import Known, StartCosts, profile_of, usual_costs
 from brim.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Platform(ABC):
     def start_costs(self) -> StartCosts:
         """What a start here takes that no arithmetic knows: from the profile of this very device, or what is usual."""
         profile = profile_of(str(self.describe().get("device", "")))
-        return profile.costs if profile is not None else StartCosts()
+        return profile.costs if profile is not None else usual_costs(host_memory=self.capabilities.host_memory)
 
     def torch_device(self) -> torch.device:
         """Where tensors live."""

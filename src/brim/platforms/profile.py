@@ -46,8 +46,7 @@ DEFAULTS: Mapping[str, Figure] = {
     "graph_whole_layer_bytes": Figure(32 << 10, "predicted", _H100),
     "graph_whole_bytes": Figure(128 << 10, "predicted", _H100),
     "graph_piece_bytes": Figure(144 << 10, "predicted", _H100),
-    "starting_bytes": Figure(16 * MIB, "predicted", _HOST),
-    "starting_bytes_per_seq": Figure(96 << 10, "predicted", _HOST),
+    "starting_bytes": Figure(13 * MIB, "predicted", _HOST),
     "num_cores": Figure(1, "predicted", "one"),
     "granularity_bytes": Figure(2 * MIB, "predicted", "huge pages, or a handle of the driver's"),
 }
@@ -58,8 +57,8 @@ class StartCosts:
     """What a start takes that no arithmetic knows, in bytes. The names are those of a profile's figures.
 
     rounding: kernel images loaded while warming, and the allocator's rounding. graph_whole: of one step captured whole, and
-    graph_whole_layer for each of its layers; graph_piece: of what lies between two attention calls. starting: what kernels and
-    recorded programs leave in host memory.
+    graph_whole_layer for each of its layers; graph_piece: of what lies between two attention calls. starting: what loading and
+    the first steps leave in host memory.
     """
 
     figures: Mapping[str, Figure] = field(default_factory=dict)
@@ -187,6 +186,13 @@ def known_profiles() -> Iterator[DeviceProfile]:
 def profile_of(device: str) -> DeviceProfile | None:
     """The profile of a device by the name it gives itself; None where there is none."""
     return next((profile for profile in known_profiles() if device in profile.devices), None)
+
+
+def usual_costs(*, host_memory: bool) -> StartCosts:
+    """For a device that no profile knows by name."""
+    if not host_memory:
+        return StartCosts()
+    return next((profile.costs for profile in known_profiles() if profile.host_memory), StartCosts())
 
 
 def calibrated_folder() -> Path:

@@ -122,7 +122,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: KernelFacts, sou
     costs = platform.start_costs()
 
     def graph_bytes(limits: StepLimits, rows: int) -> int:
-        return 0 if kernels.can_record else predicted_graph_bytes(graphs, sizes_for(limits, rows), spec.num_layers, costs)
+        return predicted_graph_bytes(graphs, sizes_for(limits, rows), spec.num_layers, costs)
 
     footprint = _footprint(source, platform, kernels, dtype, layout, graph_bytes, costs)
     plan = make_plan(
@@ -245,13 +245,12 @@ def _footprint(
             LedgerLine("workspace", "step workspace", workspace.num_bytes, "computed"),
         ]
         if platform.capabilities.host_memory:
-            starting = costs.of("starting_bytes") + limits.max_num_seqs * costs.of("starting_bytes_per_seq")
-            lines.append(LedgerLine("activations", "kernels and programs", starting, "predicted"))
+            lines.append(LedgerLine("activations", "what starting leaves", costs.of("starting_bytes"), "predicted"))
             lines.append(LedgerLine("buffers", "set aside for requests", _heap_bytes(limits, layout), "predicted"))
         else:
             lines.append(LedgerLine("activations", "kernel images, allocator rounding", costs.of("rounding_bytes"), "predicted"))
-            lines.append(LedgerLine("graphs", "captured steps", graph_bytes(limits, rows), "predicted"))
-        return lines
+        lines.append(LedgerLine("graphs", "captured steps", graph_bytes(limits, rows), "predicted"))
+        return [line for line in lines if line.num_bytes]
 
     return Footprint(fixed=fixed, lines_for=lines_for, load_transient_bytes=3 * CHUNK_BYTES)
 
