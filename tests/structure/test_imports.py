@@ -56,7 +56,7 @@ FACTORIES: dict[str, str] = {
     "platforms.base:Platform.as_brim_error": "a platform is asked for figures where torch is not loaded",
 }
 TORCH_FREE_PACKAGES = ("errors", "units", "config", "text", "engine", "cli")
-TORCH_FREE_EXCEPTIONS = frozenset({"cli.bandwidth_probe"})
+TORCH_FREE_EXCEPTIONS = frozenset({"cli.bench_limits"})
 
 
 def ours(entry: Import) -> str | None:

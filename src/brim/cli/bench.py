@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brim.cli import engine
-from brim.cli.errors import guarded
+from brim.cli.errors import EXIT_FAILED, guarded
 from brim.cli.options import ENGINE_GROUPS, with_settings
 from brim.cli.tables import print_table
 from brim.errors import ConfigError
@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure throughput, decode, prefill and start-up.", no_args_is_help=True, rich_markup_mode=None)
 
 Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A local folder, a .gguf file, a hub id, or demo.")]
+Models = Annotated[list[str] | None, typer.Option("--model", metavar="MODEL", help="A model to measure; may be repeated.")]
+Shapes = Annotated[
+    Path | None,
+    typer.Option("--models", metavar="FOLDER", help="Measure each folder in it that has a config.json; random weights."),
+]
+Parts = Annotated[
+    str | None,
+    typer.Option("--parts", metavar="NAMES", help="Only these of start,decode,prefill,workload,long,beside,server."),
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a roofline of it too (needs matplotlib).")]
 NumSeqs = Annotated[int, typer.Option(min=1, metavar="N", help="Requests of workload W (the whole is 256).")]
 BatchSizes = Annotated[list[int], typer.Option("--batch-size", min=1, metavar="N", help="Sequences a step; may be repeated.")]
 InputLen = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens of a prompt.")]
@@ -88,6 +98,7 @@ def decode(
     """
     with _open(model, settings) as llm:
         result = _base(llm, model) | _decode(llm, batch_size, input_len, output_len, num_iters)
+    result |= _limit(settings, result)
     _finish(result, as_json, output)
 
 
@@ -127,26 +138,56 @@ def startup(
 @with_settings(groups=ENGINE_GROUPS)
 def suite(
     *,
-    model: Model,
-    num_seqs: NumSeqs = 16,
-    batch_size: BatchSizes = [1, 8],  # noqa: B006
-    input_len: InputLen = 128,
-    output_len: OutputLen = 64,
-    num_iters: NumIters = 3,
+    model: Models = None,
+    models: Shapes = None,
+    parts: Parts = None,
+    plot: Plot = None,
     as_json: AsJson = False,
     output: Output = None,
     settings: dict[str, Any],
 ) -> None:
-    """All of them, one after the other.
+    """Every figure, with its physical limit, in one run.
 
-    At sizes that a small machine finishes in minutes.
+    Starts, decode, prefill, a workload, long contexts, a server with its clients; sizes follow the device.
+
+    Exit status 1 where a part failed.
     """
-    result = _startup(model, settings, num_iters)
-    with _open(model, settings) as llm:
-        result |= _prefill(llm, input_len, num_iters)
-        result |= _decode(llm, batch_size, input_len, output_len, num_iters)
-        result |= _throughput(llm, num_seqs)
-    _finish(result, as_json, output)
+    from brim.cli import bench_suite
+
+    subjects = bench_suite.subjects_of(model or [], models, settings)
+    record = bench_suite.run_suite(subjects, parts.split(",") if parts else bench_suite.PARTS, _say)
+    if output is not None:
+        _write(output, record)
+    if plot is not None:
+        from brim.cli.bench_roofline import draw
+
+        draw(record, plot)
+    if as_json:
+        print(json.dumps(record, indent=1, default=str))
+    else:
+        _print_suite(record)
+    if bench_suite.failures_of(record):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_suite(record: dict[str, Any]) -> None:
+    for name, found in record["models"].items():
+        rows = [(f["name"], *_shown(f)) for f in found["figures"]]
+        print_table(("MEASURED", name, "LIMIT", "SHARE"), rows, right={1, 2, 3}, stream=sys.stdout)
+        print()
+    limits, device = record["limits"], record["device"]
+    print(f"{device.get('device')}: memory {limits['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s, "
+          f"products {limits['matmul_flops'] / 1e12:,.1f} TFLOP/s; {record['total_s']:.0f} s in all")  # fmt: skip
+
+
+def _shown(figure: dict[str, Any]) -> tuple[str, str, str]:
+    forms: dict[str, Callable[[Any], str]] = {
+        "ms": lambda x: f"{x:,.2f} ms", "s": lambda x: f"{x:.2f} s", "bytes": format_bytes, "tokens": lambda x: f"{x:,}",
+        "tokens/s": lambda x: f"{x:,.1f}/s",
+    }  # fmt: skip
+    form = forms[figure["unit"]]
+    limit, share = figure["limit"], figure["limit_share"]
+    return form(figure["value"]), form(limit) if limit is not None else "", f"{share:.0%}" if share is not None else ""
 
 
 def _open(model: str, settings: dict[str, Any]) -> LLM:
@@ -202,11 +243,9 @@ def _prefill(llm: LLM, input_len: int, num_iters: int) -> dict[str, Any]:
 
 
 def _decode(llm: LLM, batch_sizes: list[int], input_len: int, output_len: int, num_iters: int) -> dict[str, Any]:
+    """Without its limit, which is measured when the engine has given its memory back."""
     from brim.cli import measure
 
-    threads = measure.num_engine_threads(llm.info)
-    bandwidth = measure.measure_bandwidth(str(llm.info.get("torch_device", "cpu")), threads)
-    _say(f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s read with {threads} threads")
     weight_bytes = measure.weight_read_bytes(llm.info)
     first_position = input_len + measure.SHORT_DECODE_TOKENS
     sequence_bytes = measure.kv_read_bytes(llm.memory()["kv"], first_position, output_len)
@@ -216,16 +255,26 @@ def _decode(llm: LLM, batch_sizes: list[int], input_len: int, output_len: int, n
             llm, batch_size=batch_size, input_len=input_len, output_len=output_len, num_iters=num_iters, say=_say
         )
         read_bytes = weight_bytes + batch_size * sequence_bytes
-        share = read_bytes / bandwidth / (ms / 1000) if ms > 0 else None
-        steps.append({"batch_size": batch_size, "ms_per_token": ms, "read_bytes": read_bytes, "limit_share": share,
+        steps.append({"batch_size": batch_size, "ms_per_token": ms, "read_bytes": read_bytes,
                       "tokens_per_s": batch_size * 1000 / ms if ms > 0 else None})  # fmt: skip
     return {
         "decode_ms_per_token": steps[0]["ms_per_token"],
-        "limit_share": steps[0]["limit_share"],
         "decode_read_bytes": steps[0]["read_bytes"],
-        "bandwidth_bytes_per_s": bandwidth,
         "decode": {"input_len": input_len, "output_len": output_len, "num_iters": num_iters, "by_batch": steps},
     }
+
+
+def _limit(settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The bandwidth, and the share of it that each step of `result` reaches."""
+    from brim.cli import measure
+
+    limits = measure.measure_limits(str(settings.get("device", "auto")), measure.num_engine_threads(result))
+    bandwidth = limits["bandwidth_bytes_per_s"]
+    _say(f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s")
+    for step in result["decode"]["by_batch"]:
+        seconds = step["ms_per_token"] / 1000
+        step["limit_share"] = step["read_bytes"] / bandwidth / seconds if seconds > 0 else None
+    return {"bandwidth_bytes_per_s": bandwidth, "limit_share": result["decode"]["by_batch"][0]["limit_share"]}
 
 
 def _startup(model: str, settings: dict[str, Any], num_iters: int) -> dict[str, Any]:
@@ -245,15 +294,18 @@ def _startup(model: str, settings: dict[str, Any], num_iters: int) -> dict[str, 
     }
 
 
+def _write(path: Path, record: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path} cannot be written: {error.strerror}.") from error
+
+
 def _finish(result: dict[str, Any], as_json: bool, output: Path | None) -> None:
-    text = json.dumps(result, indent=2, default=str)
     if output is not None:
-        try:
-            output.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {output} cannot be written: {error.strerror}.") from error
+        _write(output, result)
     if as_json:
-        print(text)
+        print(json.dumps(result, indent=1, default=str))
         return
     rows = [(label, form(result[key])) for key, label, form in _ROWS if result[key] is not None]
     for step in result.get("decode", {}).get("by_batch", [])[1:]:

@@ -56,6 +56,11 @@ def mixed_16(vocab_size: int) -> Workload:
     return Workload("mixed-16", prompts, (MIXED_16_NEW_TOKENS,) * len(prompts), temperature=0.0)
 
 
+def workload_named(name: str, vocab_size: int, num_seqs: int) -> Workload:
+    """"W" (its first num_seqs requests) or "mixed-16", whole."""
+    return workload_w(vocab_size, num_seqs) if name == "W" else mixed_16(vocab_size)
+
+
 def equal_prompts(batch_size: int, input_len: int, vocab_size: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     """`batch_size` different prompts of input_len random ids."""
     draw = random.Random(seed)

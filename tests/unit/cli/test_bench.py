@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from tests.unit.cli.conftest import MIB, Brim, FakeLLM
@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_llm: FakeLLM) -> FakeLLM:
 
     monkeypatch.setattr(fake_llm, "generate", generate)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(measure, "measure_bandwidth", lambda device, num_threads: 100 * 512.0 * MIB)
+    monkeypatch.setattr(measure, "measure_limits", lambda *_: {"bandwidth_bytes_per_s": 100 * 512.0 * MIB})
     return fake_llm
 
 
@@ -87,15 +87,16 @@ def test_prefix_caching_is_off_unless_asked_for(
     assert clock.opened_with[1]["enable_prefix_caching"] is caching
 
 
-def test_suite_has_everything_and_writes_it_to_a_file(
+def test_startup_is_the_median_of_fresh_processes_and_written_to_a_file(
     brim_command: Brim, clock: FakeLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    started = StartupResult(2.0, 2.5, 700 * MIB, clock.info)
-    monkeypatch.setattr(measure, "measure_startup", lambda model, settings: started)
-    path = tmp_path / "suite.json"
-    found = result_of(brim_command, "suite", "--num-seqs", "2", "--output", str(path))
-    assert all(found[key] is not None for key in PROMISED)
-    assert (found["ready_s"], found["first_token_s"], found["peak_rss_bytes"]) == (2.0, 2.5, 700 * MIB)
+    starts = iter((3.0, 2.0, 2.5))
+    monkeypatch.setattr(
+        measure, "measure_startup", lambda model, settings: StartupResult(next(starts), 4.0, 700 * MIB, clock.info)
+    )
+    path = tmp_path / "startup.json"
+    found = result_of(brim_command, "startup", "--output", str(path))
+    assert (found["ready_s"], found["first_token_s"], found["peak_rss_bytes"]) == (2.5, 4.0, 700 * MIB)
     assert json.loads(path.read_text()) == found
 
 
@@ -128,19 +129,65 @@ def test_a_sliding_group_is_read_for_its_window_only(first: int, steps: int, exp
     assert kv_read_bytes({"block_size": 16, "groups": groups}, first, steps) == expected
 
 
-def test_a_start_that_fails_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(EngineError, match="ended with 1"):
-        measure.measure_startup("demo", {})
+def test_a_start_that_fails_is_told_with_its_last_words() -> None:
+    with pytest.raises(EngineError, match=r"ended with 1: .*no-such-model"):
+        measure.measure_startup("./no-such-model", {})
 
 
-def test_bandwidth_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_measured_in_a_process_of_its_own_over_less_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command[2:])
-        return subprocess.CompletedProcess(command, 0 if len(asked) == 2 else -9, "5e9\n", "")
+        asked.append((command[2], json.loads(command[3])["buffer_bytes"]))
+        return subprocess.CompletedProcess(command, 0 if len(asked) == 2 else -9, '{"bandwidth_bytes_per_s": 5e9}\n', "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert measure.measure_bandwidth("cpu", 2) == 5e9
-    assert asked == [["brim.cli.bandwidth_probe", "cpu", "2", str(size)] for size in (1 << 30, 1 << 28)]
+    assert measure.measure_limits("cpu", 2)["bandwidth_bytes_per_s"] == 5e9
+    assert asked == [("brim.cli.bench_limits", size) for size in (1 << 30, 1 << 28)]
+
+
+class Stepped:
+    """An engine of steps: a decode step takes 10 ms, one that prefills `chunk` tokens of a prompt beside takes 30."""
+
+    info: ClassVar[dict[str, Any]] = {"max_model_len": 4096, "vocab_size": 1000}
+
+    def __init__(self, now: list[float], chunk: int) -> None:
+        self._now, self._chunk = now, chunk
+        self._left: dict[str, int] = {}
+
+    def memory(self) -> dict[str, Any]:
+        return {"kv": {"kv_tokens": 8192, "block_size": 16}}
+
+    def add_request(self, prompt_ids: list[int], params: SamplingParams) -> str:
+        request_id = f"r{len(self._left)}"
+        self._left[request_id] = len(prompt_ids)
+        return request_id
+
+    def abort_request(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
+
+    def step(self) -> list[Any]:
+        waiting = [name for name, left in self._left.items() if left > 0]
+        self._now[0] += 0.03 if waiting else 0.01
+        chunks = [name for name, left in self._left.items() if left <= 0]
+        for name in waiting[:1]:
+            self._left[name] -= self._chunk
+            chunks += [name] if self._left[name] <= 0 else []
+        return [SimpleNamespace(request_id=n, token_ids=[7], is_last=False, error=None) for n in chunks]
+
+
+def test_beside_a_prompt_tokens_come_as_often_as_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    llm: Any = Stepped(now, chunk=1000)
+    found = measure.measure_beside(llm, batch_size=2, input_len=4000, output_len=20)
+    assert found["undisturbed_ms_per_token"] == pytest.approx(10)
+    assert found["ms_per_token"] == pytest.approx(30)
+    assert (found["prefill_ms"], found["tokens_meanwhile"]) == (pytest.approx(120), 4)
+    assert found["longest_ms"] == pytest.approx(30)
+
+
+@pytest.mark.parametrize(("asked", "batch", "expected"), [(100, 2, 100), (5000, 2, 4096 - 84), (5000, 4, 2048 - 84)])
+def test_long_prompts_are_cut_to_what_the_cache_holds(asked: int, batch: int, expected: int) -> None:
+    llm: Any = Stepped([0.0], chunk=1)
+    assert measure.fitting_input_len(llm, batch, asked, 20) == expected
