@@ -27,6 +27,7 @@ from brim.kernels.base import Kernels
 from brim.kernels.compiler import Backend
 from brim.kernels.select import KernelSelection, select_kernels
 from brim.kernels.triton.scratch import KernelLimits
+from brim.layers.weights import matrix_num_bytes
 from brim.memory.certificate import Certificate, low_water_bytes
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect, registered
@@ -179,6 +180,7 @@ def _describe(
         "family": spec.family,
         "num_parameters": spec.num_parameters,
         "dtype": str(settings.dtype).removeprefix("torch."),
+        "weights": settings.weights.text,
         "device": platform.describe(),
         "kernels": kernels.name,
         "kernels_reason": avoided.get("vendor_kernels", selection.fallback_reason),
@@ -199,7 +201,7 @@ def _describe(
         "torch_device": str(platform.torch_device()),
         "embedding_only_bytes": 0
         if spec.tie_word_embeddings
-        else kernels.linear_num_bytes(spec.vocab_size, spec.hidden_size, settings.dtype),
+        else matrix_num_bytes("embedding", spec, kernels, settings.dtype, settings.weights.kept),
         "weight_bytes": worker.ready.warm.reserved.loaded.model.weight_bytes,
         "kv_bytes_per_token": plan.split.layout.token_bytes,
         "ready_s": round(ready_s, 3),

@@ -41,6 +41,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("revision", "--revision", "Branch, tag or commit of a hub model.", "model"),
     Flag("load_format", "--load-format", "auto, safetensors, gguf, or dummy for random weights.", "model", "FORMAT"),
     Flag("dtype", "--dtype", "auto, bfloat16, float16 or float32.", "model"),
+    Flag("quantization", "--quantization",
+         "gguf: compute with a GGUF file's blocks as they are; none: make floats of them; auto: gguf where kernels can and no "
+         "--dtype is given.", "model"),
     Flag("max_model_len", "--max-model-len", "Longest context in tokens, or auto: the longest that fits.", "model", "TOKENS|auto",
          default="the model's own limit; in host memory at most 4096"),
     Flag("chat_template", "--chat-template", "A Jinja chat template: a file, or the template itself.", "model", "FILE|TEXT"),

@@ -12,6 +12,7 @@ from typing import Literal
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DeviceType = str  # auto, or a platform's name; third parties add names (`platforms.detect`)
+Quantization = Literal["auto", "none", "gguf"]
 KernelChoice = Literal["auto", "torch", "native", "triton"]
 ArenaChoice = Literal["auto", "static"]
 GraphMode = Literal["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
@@ -45,6 +46,7 @@ class ModelConfig:
     revision: str | None = None
     load_format: LoadFormat = "auto"
     dtype: Dtype = "auto"
+    quantization: Quantization = "auto"  # gguf: the file's blocks as they are; auto: so where kernels can and no dtype was given
     max_model_len: int | Literal["auto"] | None = None  # None: the model's own limit (on a host-memory platform at most 4,096)
     chat_template: str | None = None
     served_model_name: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from torch import Tensor
 from brim.config.model_spec import ModelSpec, RopeSpec
 from brim.kernels.base import Kernels
 from brim.layers.rotary import cos_sin_table
-from brim.layers.weights import DecoderWeights, LayerWeights, allocate_weights, weights_num_bytes
+from brim.layers.weights import NO_BLOCKS, DecoderWeights, KeptBlocks, LayerWeights, allocate_weights, weights_num_bytes
 from brim.memory.step_memory import decoder_widths
 from brim.models.base import BufferShape, Model, Segment, StepTensors
 
@@ -31,15 +31,23 @@ def decoder_buffer_shapes(spec: ModelSpec, dtype: torch.dtype) -> tuple[BufferSh
 class DecoderModel(Model):
     """A dense decoder of any supported family; what differs between families is in its ModelSpec.
 
-    max_positions: rows of the rotary tables, at least the longest context served.
+    max_positions: rows of the rotary tables, at least the longest context served. kept: the matrices that stay quantised.
     """
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, max_positions: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        max_positions: int,
+        device: torch.device,
+        kept: KeptBlocks = NO_BLOCKS,
+    ) -> None:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        self.weights: DecoderWeights = allocate_weights(spec, kernels, dtype, device)
-        self._kernels = kernels
+        self.weights: DecoderWeights = allocate_weights(spec, kernels, dtype, device, kept)
+        self._kernels, self._kept = kernels, kept
         ropes = dict.fromkeys(self._layer_ropes())
         self._tables = {rope: cos_sin_table(rope, spec.head_dim, max_positions, device) for rope in ropes}
         self._layer_tables = [self._tables[rope] for rope in self._layer_ropes()]
@@ -58,7 +66,7 @@ class DecoderModel(Model):
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, layout padding included."""
-        return weights_num_bytes(self.spec, self._kernels, self.dtype)
+        return weights_num_bytes(self.spec, self._kernels, self.dtype, self._kept)
 
     @property
     def table_bytes(self) -> int:

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brim.config.model_spec import ModelSpec
 from brim.errors import BrokenModel, UnsupportedModel
+from brim.formats.ggml_type import GGMLType
 from brim.formats.gguf import GGUFTensor
 from brim.formats.safetensors_file import SafetensorsTensor
 from brim.formats.weight_file import TensorInfo, WeightSource
 from brim.kernels.base import Kernels
 from brim.kernels.dequantize import NativeDequantizer, dequantize, row_bytes
+from brim.layers.weights import KeptBlocks
 from brim.models.decoder import DecoderModel
 from brim.models.slots import Slot, build_slots, slot_name
 from brim.units import round_up
@@ -43,11 +46,25 @@ def load_weights(model: DecoderModel, source: WeightSource, kernels: Kernels, on
     staging = _Staging()
     for name, slot in targets:
         info = source.info(name)
+        kept = slot.matrix is not None and slot.matrix.block_type_of(slot.first_row)
         for first_row, rows in _row_chunks(source, info, slot, native, staging):
-            _store(slot, first_row, rows)
+            if kept and slot.matrix is not None:
+                slot.matrix.load_blocks(slot.first_row + first_row, rows)
+            else:
+                _store(slot, first_row, rows)
             source.release(name)
         done += info.num_bytes
         on_progress(name, done / total)
+
+
+def stored_blocks(source: WeightSource, spec: ModelSpec, block_types: frozenset[GGMLType]) -> KeptBlocks:
+    """The matrices of a GGUF file that are stored in one of `block_types`: those that may stay as they are."""
+    found: dict[str, GGMLType] = {}
+    for name in source.names():
+        info = source.info(name)
+        if isinstance(info, GGUFTensor) and len(info.shape) == 2 and info.ggml_type in block_types:
+            found[slot_name(name, spec, is_gguf=True) or ""] = info.ggml_type
+    return found
 
 
 def fill_dummy(model: DecoderModel, on_progress: Progress, seed: int = 0) -> None:
@@ -115,7 +132,9 @@ def _row_chunks(
     rows, cols = (slot.rows, slot.cols) if slot.matrix is not None else (1, slot.rows)
     unit = rows // slot.permuted_heads if slot.permuted_heads and slot.matrix is not None else 1
     step = min(rows, round_up(max(1, CHUNK_BYTES // (4 * cols)), unit))
-    if isinstance(info, GGUFTensor):
+    if isinstance(info, GGUFTensor) and slot.matrix is not None and slot.matrix.block_type_of(slot.first_row) is info.ggml_type:
+        read = _bytes_reader(row_bytes(info.ggml_type, cols), torch.uint8, staging)
+    elif isinstance(info, GGUFTensor):
         read = _gguf_reader(info, cols, native, staging)
     else:
         read = _plain_reader(info, cols, staging)
@@ -144,6 +163,11 @@ def _plain_reader(info: TensorInfo, cols: int, staging: _Staging) -> Callable[[n
     dtype = _TORCH_DTYPES.get(info.dtype)
     if dtype is None:
         raise UnsupportedModel(f"Tensor '{info.name}' is stored as {info.dtype}; Brim reads {', '.join(_TORCH_DTYPES)}.")
+    return _bytes_reader(cols, dtype, staging)
+
+
+def _bytes_reader(cols: int, dtype: torch.dtype, staging: _Staging) -> Callable[[np.ndarray, int, int], Tensor]:
+    """Rows as they are stored."""
     stride = cols * dtype.itemsize
 
     def read(raw: np.ndarray, first_row: int, count: int) -> Tensor:

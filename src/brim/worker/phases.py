@@ -39,6 +39,7 @@ from brim.worker.runner import ModelRunner
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import StepSizes
+from brim.worker.weight_choice import WeightChoice
 
 MAX_PROOFS = 4
 _WORTH_MEASURING_BYTES = 16 * MIB  # given back after the worst steps; less is not worth running them again
@@ -60,6 +61,7 @@ class StartSettings:
     sizes: StepSizes
     pipeline_depth: int = 1
     compiling: CompileChoice = field(default_factory=CompileChoice)
+    weights: WeightChoice = field(default_factory=WeightChoice)
 
     @property
     def limits(self) -> StepLimits:

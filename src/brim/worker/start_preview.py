@@ -74,6 +74,7 @@ def _decide(config: BrimConfig, platform: Platform, source: ModelSource, has_mod
     if has_model:
         plan = settings.plan
         found["dtype"] = str(settings.dtype).removeprefix("torch.")
+        found["weights"] = settings.weights.text
         found["plan"] = report_json(plan, plan.ledger)
     return found
 

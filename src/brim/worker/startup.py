@@ -52,6 +52,7 @@ from brim.worker.precompile import compile_ahead
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import exact_sizes, predicted_graph_bytes, rounded_sizes
+from brim.worker.weight_choice import choose_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HEAP_BYTES = 16 * MIB
@@ -96,7 +97,9 @@ def start_worker(
         def progress(text: str, fraction: float | None) -> None:
             on_progress(StartupProgress("load", text, fraction))
 
-        model = compiling.model_class(source.spec, kernels, settings.dtype, settings.limits.max_model_len, model_device)
+        model = compiling.model_class(
+            source.spec, kernels, settings.dtype, settings.limits.max_model_len, model_device, settings.weights.kept
+        )
         if source.weights is None:
             fill_dummy(model, progress, config.model.seed)
         else:
@@ -114,6 +117,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: KernelFacts, sou
     spec, defaults = source.spec, platform.default_limits()
     dtype = resolve_dtype(config, platform, spec.stored_dtype)
     num_seqs, num_tokens = _step_sizes(config, defaults)
+    weights = choose_weights(config.model, kernels, source)
     layout = KVLayout.of(spec, config.memory.block_size, dtype.itemsize)
     given_reserve = config.memory.reserve_bytes
     graphs = choose_graph_mode(config.device, *_available_modes(platform, kernels, spec))
@@ -124,7 +128,8 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: KernelFacts, sou
     def graph_bytes(limits: StepLimits, rows: int) -> int:
         return predicted_graph_bytes(graphs, sizes_for(limits, rows), spec.num_layers, costs)
 
-    footprint = _footprint(source, platform, kernels, dtype, layout, graph_bytes, costs)
+    weight_bytes = weights_num_bytes(spec, kernels, dtype, weights.kept)
+    footprint = _footprint(spec, platform, weight_bytes, dtype, layout, graph_bytes, costs)
     plan = make_plan(
         PlanRequest(
             memory=config.memory.memory or MemoryRequest(defaults.memory),
@@ -156,6 +161,7 @@ def plan_start(config: BrimConfig, platform: Platform, kernels: KernelFacts, sou
         graphs=graphs,
         pipeline_depth=2 if platform.capabilities.async_tokens and kernels.can_capture else 1,
         sizes=sizes_for(plan.limits, rows),
+        weights=weights,
     )
 
 
@@ -220,17 +226,16 @@ def _heap_bytes(limits: StepLimits, layout: KVLayout) -> int:
 
 
 def _footprint(
-    source: ModelSource,
+    spec: ModelSpec,
     platform: Platform,
-    kernels: KernelFacts,
+    weight_bytes: int,
     dtype: torch.dtype,
     layout: KVLayout,
     graph_bytes: Callable[[StepLimits, int], int],
     costs: StartCosts,
 ) -> Footprint:
     """Everything but KV, from the arithmetic of the very objects that will be built."""
-    spec = source.spec
-    reading, weight_bytes = platform.reading(), weights_num_bytes(spec, kernels, dtype)
+    reading = platform.reading()
     fixed = fixed_lines(context_bytes=reading.ours_bytes, weight_bytes=weight_bytes, context_known_by=reading.known_by)
 
     def lines_for(limits: StepLimits) -> list[LedgerLine]:

@@ -7,16 +7,17 @@ The order of the fields is said beside each kernel in csrc. Kernels allocate not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch
+from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch, StoredRows
 from brim.kernels.cpu.native import NativeLibrary, ThreadPool, op_format
 from brim.kernels.cpu.program import Program
+from brim.kernels.cpu.quantized import BLOCK_TYPES, BlockWeight, JoinedWeight, block_num_bytes, merged, stored_num_bytes
 from brim.kernels.cpu.storage import WeightStorage
 from brim.kernels.cpu.weight import PackedWeight, packed_num_bytes
 
@@ -26,6 +27,7 @@ _ACTIVATION = {"silu": 0, "gelu_tanh": 1}
 # operation codes: the table in csrc/kernels.c
 _LINEAR, _PACK, _EMBED, _RMS_NORM, _ADD_RMS_NORM, _GATED, _GATHER, _ROPE, _ATTENTION = range(1, 10)
 _ARGMAX, _SAMPLE, _TOP_LOGPROBS, _PENALIZE, _DEQUANTIZE = range(10, 15)
+_QUANTIZED_LINEAR, _PACK_BLOCKS, _QUANTIZED_EMBED = range(15, 18)
 
 _pack_linear = op_format(4, 5).pack
 _pack_pack = op_format(2, 5).pack
@@ -51,6 +53,7 @@ class CpuKernels(Kernels):
 
     name = "cpu"
     can_record = True
+    block_types = BLOCK_TYPES
 
     def __init__(self, library_path: Path, num_threads: int | None = None, max_head_dim: int = 256) -> None:
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -94,6 +97,25 @@ class CpuKernels(Kernels):
     def linear_num_bytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         return packed_num_bytes(out_features, in_features, dtype)
 
+    def new_stored_linear(self, parts: Sequence[StoredRows], in_features: int, dtype: torch.dtype) -> LinearWeight:
+        made = [self._new_part(part, in_features, dtype) for part in merged(parts)]
+        return made[0] if len(made) == 1 else JoinedWeight(made)
+
+    def _new_part(self, part: StoredRows, in_features: int, dtype: torch.dtype) -> LinearWeight:
+        if part.block_type is None:
+            return self.new_linear(part.num_rows, in_features, dtype)
+        storage = self._storage.take(block_num_bytes(part.num_rows, in_features, part.block_type))
+        return BlockWeight(part.num_rows, in_features, dtype, part.block_type, storage, self)
+
+    def stored_num_bytes(self, parts: Sequence[StoredRows], in_features: int, dtype: torch.dtype) -> int:
+        return stored_num_bytes(parts, in_features, dtype)
+
+    def pack_blocks(self, weight: BlockWeight, first_row: int, blocks: Tensor) -> None:
+        """Store rows of blocks [n, bytes] uint8 at first_row; what `BlockWeight.load_blocks` does."""
+        sizes = first_row, blocks.shape[0], weight.in_features, blocks.stride(0), weight.out_features
+        op = _pack_pack(_PACK_BLOCKS, 0, 0, weight.block_type, blocks.data_ptr(), weight.data_ptr, *sizes)
+        self._pool.run(op, 1)
+
     def pack_rows(self, weight: PackedWeight, first_row: int, rows: Tensor) -> None:
         """Store rows [n, in_features] of any float dtype at first_row; what `LinearWeight.load_rows` does."""
         if rows.dtype not in _DTYPE or rows.device.type != "cpu":
@@ -107,13 +129,21 @@ class CpuKernels(Kernels):
 
     # dense
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor, bias: Tensor | None = None) -> None:
-        assert isinstance(weight, PackedWeight) and x.dtype is weight.dtype
+        if isinstance(weight, JoinedWeight):
+            first = 0
+            for part in weight.parts:
+                span = slice(first, first + part.out_features)
+                self.linear(x, part, out[:, span], None if bias is None else bias[span])
+                first = span.stop
+            return
+        assert isinstance(weight, PackedWeight | BlockWeight) and x.dtype is weight.dtype
+        code, block_type = (_QUANTIZED_LINEAR, weight.block_type) if isinstance(weight, BlockWeight) else (_LINEAR, 0)
         self._do(
             _pack_linear(
-                _LINEAR,
+                code,
                 _DTYPE[x.dtype],
                 _DTYPE[out.dtype],
-                0,
+                block_type,
                 x.data_ptr(),
                 weight.data_ptr,
                 out.data_ptr(),
@@ -131,11 +161,13 @@ class CpuKernels(Kernels):
         )
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
-        assert isinstance(weight, PackedWeight)
+        assert isinstance(weight, PackedWeight | BlockWeight)
         rounded = scale if scale == 1.0 else torch.tensor(scale, dtype=out.dtype).item()
         pointers = ids.data_ptr(), weight.data_ptr, out.data_ptr()
         sizes = ids.shape[0], weight.out_features, weight.in_features, out.stride(0)
-        op = _pack_embed(_EMBED, _DTYPE[weight.dtype], _DTYPE[out.dtype], int(scale != 1.0), *pointers, *sizes, rounded)
+        blocks = isinstance(weight, BlockWeight)
+        code, stored = (_QUANTIZED_EMBED, weight.block_type) if blocks else (_EMBED, _DTYPE[weight.dtype])
+        op = _pack_embed(code, stored, _DTYPE[out.dtype], int(scale != 1.0), *pointers, *sizes, rounded)
         self._do(op, ids, weight.storage, out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:

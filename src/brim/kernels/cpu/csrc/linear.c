@@ -5,47 +5,21 @@
  * level cache while all rows pass over it, and the next panel is fetched meanwhile. */
 #include "linear.h"
 
-enum { ROW_BLOCK = 192, DEPTH_BLOCK = 4096, PACK_DEPTH = 64 };
+enum { DEPTH_BLOCK = 4096, PACK_DEPTH = 64 };
 
 int64_t brim_linear_scratch(void) { return ROW_BLOCK * PANEL * 4; }
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-static int64_t groups_of(int64_t out_features, int64_t panel) {
-    int64_t left = ceil_div(out_features, 16) - panel * 4;
-    return left < 4 ? left : 4;
-}
 
 static char *panel_at(const brim_op *op, int64_t in_features, int64_t panel, int dtype) {
     return at(op->p[1], dtype, panel * PANEL * packed_depth(dtype, in_features));
 }
 
-/* Rows [row, row + rows) of the result for one panel, from float32 sums at acc [rows][PANEL]. */
-static void finish(const brim_op *op, const float *acc, int64_t row, int64_t rows, int64_t column, int64_t groups) {
-    const float *bias = op->p[3];
-    int64_t out_features = op->n[1];
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t first = column + g * 16, n = out_features - first;
-            v16f v = loadf(acc + r * PANEL + g * 16);
-            if (bias) v = v + load_upto(BRIM_F32, bias, first, n);
-            store_upto(op->out_dtype, op->p[2], (row + r) * op->n[4] + first, n, v);
-        }
-    }
-}
-
-typedef struct {
-    const char *panel, *next;
-    int64_t index, groups;
-    int64_t row, rows;
-    float *acc;
-} span;
-
 /* One panel for up to ROW_BLOCK rows. The rows are dealt to tiles of nearly equal height. */
-static void product(const brim_op *op, const span *s) {
+static void product(const brim_op *op, const brim_span *s, void *scratch) {
     int64_t depth = op->n[2], tiles = ceil_div(s->rows, TILE_ROWS), dtype = op->dtype;
     int64_t width = s->groups * 16, step = op->dtype == BRIM_BF16 ? 2 : 1;
     int64_t step_bytes = width * step * dtype_size(op->dtype);
+    const char *panel = panel_at(op, depth, s->index, op->dtype);
+    const char *next = s->has_next ? panel_at(op, depth, s->index + 1, op->dtype) : NULL;
     for (int64_t k = 0; k < depth; k += DEPTH_BLOCK) {
         int64_t deep = depth - k < DEPTH_BLOCK ? depth - k : DEPTH_BLOCK;
         for (int64_t t = 0; t < tiles; t++) {
@@ -54,11 +28,11 @@ static void product(const brim_op *op, const span *s) {
             brim_tile tile = {
                 .x = at(op->p[0], op->dtype, (s->row + first) * op->n[3] + k),
                 .ldx = op->n[3],
-                .w = s->panel + panel_offset(op->dtype, width, k),
+                .w = panel + panel_offset(op->dtype, width, k),
                 .depth = deep,
-                .acc = s->acc + first * PANEL,
+                .acc = (float *)scratch + first * PANEL,
                 .lda = PANEL,
-                .prefetch = s->next ? s->next + panel_offset(op->dtype, width, k) + t * slice : NULL,
+                .prefetch = next ? next + panel_offset(op->dtype, width, k) + t * slice : NULL,
                 .stride = step_bytes / tiles,
                 .fresh = k == 0,
             };
@@ -70,33 +44,7 @@ static void product(const brim_op *op, const span *s) {
 
 /* p: x, packed weight, out, bias or NULL; n: rows, out_features, in_features, row stride of x, row stride of out. */
 void brim_linear(const brim_op *op, brim_thread *self) {
-    int64_t rows = op->n[0], panels = ceil_div(op->n[1], PANEL);
-    if (rows <= 0) return;
-    int64_t blocks = ceil_div(rows, ROW_BLOCK), wanted = 4 * self->count;
-    if (self->count > 1 && panels < wanted && rows > 2 * TILE_ROWS) {
-        int64_t finer = ceil_div(wanted, panels), most = ceil_div(rows, TILE_ROWS * 4);
-        if (finer > most) finer = most;
-        if (finer > blocks) blocks = finer;
-    }
-    int64_t run = panels / (self->count * 12); /* panels taken at a time: long streams, yet even shares */
-    if (run < 1) run = 1;
-    span s = {.acc = (float *)self->scratch};
-    for (int64_t ticket = brim_ticket(self);; ticket = brim_ticket(self)) {
-        int64_t first = ticket * run, last = first + run < panels ? first + run : panels;
-        if (blocks > 1) { /* the blocks of a panel are separate tickets */
-            first = ticket / blocks, last = first + 1;
-        }
-        if (first >= panels) return;
-        for (s.index = first; s.index < last; s.index++) {
-            s.panel = panel_at(op, op->n[2], s.index, op->dtype);
-            s.next = s.index + 1 < panels && blocks == 1 ? panel_at(op, op->n[2], s.index + 1, op->dtype) : NULL;
-            s.groups = groups_of(op->n[1], s.index);
-            int64_t block = blocks > 1 ? ticket % blocks : 0;
-            s.row = rows * block / blocks;
-            s.rows = rows * (block + 1) / blocks - s.row;
-            product(op, &s);
-        }
-    }
+    if (op->n[0] > 0) each_span(op, self, 0, op->n[0], TILE_ROWS, product, self->scratch);
 }
 
 /* Panels [.., ..) that hold rows first .. first + count are packed one a ticket: no two threads share a line.

@@ -54,6 +54,8 @@ int brim_run(brim_pool *pool, const brim_op *ops, int64_t count);
 int64_t brim_scratch_bytes(int64_t max_head_dim);
 int64_t brim_shared_bytes(int64_t max_head_dim);
 int64_t brim_op_bytes(void);
+/* what multiplies bytes in this library, for reports */
+const char *brim_byte_products(void);
 #pragma GCC visibility pop
 
 /* the kernels, by code; NULL where there is none */

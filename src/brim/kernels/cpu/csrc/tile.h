@@ -6,14 +6,13 @@
 #ifndef BRIM_TILE_H
 #define BRIM_TILE_H
 
-#include "rows.h"
+#include "panels.h"
 
 #ifdef __AVX512F__
 enum { TILE_ROWS = 6 };
 #else
 enum { TILE_ROWS = 2 };
 #endif
-enum { PANEL = 64 };
 
 typedef struct brim_tile {
     const void *x;        /* [rows][ldx] of dtype */

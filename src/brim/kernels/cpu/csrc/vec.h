@@ -79,6 +79,33 @@ INLINE float hmax(v16f v) {
     return s[0];
 }
 
+INLINE int32_t hmaxi(v16i v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t s = v[0];
+    for (int i = 1; i < 16; i++) s = v[i] > s ? v[i] : s;
+    return s;
+#endif
+}
+INLINE int32_t hsumi(v16i v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t s = 0;
+    for (int i = 0; i < 16; i++) s += v[i];
+    return s;
+#endif
+}
+/* The low bytes of sixteen integers. */
+INLINE void narrow16(int8_t *p, v16i v) {
+#ifdef __AVX512F__
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)v[i];
+#endif
+}
+
 /* scalar conversions */
 INLINE float bf16_to_float(uint16_t h) {
     uint32_t u = (uint32_t)h << 16;
