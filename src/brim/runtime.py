@@ -22,13 +22,12 @@ from brim.engine.limits import EngineLimits
 from brim.engine.messages import StartupProgress
 from brim.engine.scheduler import Scheduler
 from brim.engine.sequence_table import SequenceTable
-from brim.formats.cache_folder import cache_folder
 from brim.kernels.base import Kernels
 from brim.kernels.compiler import Backend
 from brim.kernels.select import KernelSelection, select_kernels
 from brim.kernels.triton.scratch import KernelLimits
 from brim.layers.weights import matrix_num_bytes
-from brim.memory.certificate import Certificate, low_water_bytes
+from brim.memory.certificate import Certificate, certificates_folder, low_water_bytes
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect, registered
 from brim.platforms.scenario import read_scenario
@@ -151,6 +150,7 @@ def _certify(config: BrimConfig, platform: Platform, worker: DeviceWorker) -> st
     }
     certificate = Certificate(
         plan=worker.ready.warm.reserved.loaded.opened.settings.plan,
+        outcome=worker.ready.plan,
         ledger=worker.ledger,
         phases=records,
         peak_ours_bytes=worker.ready.peak_bytes,
@@ -163,7 +163,7 @@ def _certify(config: BrimConfig, platform: Platform, worker: DeviceWorker) -> st
     )
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", config.model.model).strip("-.")[-80:] or "model"
     try:
-        return str(certificate.write(cache_folder() / "certificates", f"{platform.name}-{name}"))
+        return str(certificate.write(certificates_folder(), f"{platform.name}-{name}"))
     except OSError:
         return None
 

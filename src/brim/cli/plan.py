@@ -36,6 +36,9 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Also draw stacked bars: over devices, or over settings.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="How wrong past plans were, by the certificates in MODEL as a folder, or the cache's.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the tables.")] = False,
     settings: dict[str, Any],
 ) -> None:
@@ -46,8 +49,11 @@ def plan(
     if scenario:
         _play(scenario, as_json)
         return
+    if check:
+        _check(models or [], as_json)
+        return
     if not models:
-        print("brim: `brim plan` needs a MODEL, or --scenario FILE.", file=sys.stderr)
+        print("brim: `brim plan` needs a MODEL, --check or --scenario FILE.", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE)
     from brim.runtime import plan_starts
 
@@ -65,6 +71,19 @@ def plan(
     sys.stdout.flush()
     if not all(one["fits"] for one in found["plans"]):
         raise typer.Exit(EXIT_DID_NOT_HOLD)
+
+
+def _check(folders: list[str], as_json: bool) -> None:
+    from brim.cli.plan_report import print_errors
+    from brim.memory.certificate import certificates_folder
+    from brim.memory.plan_errors import plan_errors
+
+    for folder in folders or [str(certificates_folder())]:
+        found = plan_errors(Path(folder))
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            print_errors(found, sys.stdout)
 
 
 def _play(scenario: list[Path], as_json: bool) -> None:

@@ -26,6 +26,28 @@ def print_plans(found: dict[str, Any], stream: IO[str]) -> None:
         _several(plans, stream)
 
 
+def print_errors(found: dict[str, Any], out: IO[str]) -> None:
+    """How wrong past plans were: each device in a line, then its lines, then each start."""
+    _say(out, f"Plans of {len(found['starts'])} starts, by the certificates in {found['folder']}.")
+    for device in found["devices"]:
+        _say(out, f"\n{device['device']}: {_count(device['starts'], 'start')}")
+        median, worst = 100 * device["median_error"], 100 * device["worst_error"]
+        print(f"  KV tokens, |real - predicted| / real: median {median:.3f} %, worst {worst:.3f} %", file=out)
+        print(f"  {_count(device['gave_fewer_tokens'], 'start')} gave fewer tokens than planned\n", file=out)
+        lines = [(x["category"], _signed_bytes(x["median_bytes"]), _signed_bytes(x["worst_bytes"])) for x in device["lines"]]
+        print_table(("measured less predicted", "median", "worst"), lines, right={1, 2}, stream=out)
+    starts = [
+        (_fit(one["file"].removesuffix(".json"), 34), one["memory"], f"{one['predicted_tokens']:,}", f"{one['real_tokens']:,}",
+         f"{100 * one['error']:+.3f} %")
+        for one in found["starts"]
+    ]  # fmt: skip
+    if starts:
+        print(file=out)
+        print_table(("start", "memory", "predicted", "real", "error"), starts, right={2, 3, 4}, stream=out)
+    if found["skipped"]:
+        _say(out, f"\n{_count(len(found['skipped']), 'file')} of an older version left out.")
+
+
 def _one(plan: dict[str, Any], out: IO[str]) -> None:
     _say(out, f"{plan['model']} on {plan['device']}: {plan['device_description']} ({_KNOWN[plan['device_known']]})")
     print(file=out)

@@ -5,6 +5,7 @@ Written as JSON to the cache folder after prove; a later start can compare itsel
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from brim.config.schema import Avoided
+from brim.formats.cache_folder import cache_folder
 from brim.memory.ledger import CATEGORIES, OURS, Category, Ledger
 from brim.memory.plan import MemoryPlan
 from brim.memory.profiling import PhaseRecord
 from brim.memory.report import report_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,15 @@ def compare(predicted: Ledger, measured: Ledger) -> tuple[Comparison, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """plan.ledger is the prediction; ledger is the account after prove. peak_ours_bytes: the most held while proving.
+    """plan is the prediction, outcome what became of it; ledger is the account after prove. peak_ours_bytes: the most held while
+    proving.
 
     low_water_bytes: the least free memory during prove, the reserve's real size. avoided: what this start did without because
     it ended an earlier one.
     """
 
     plan: MemoryPlan
+    outcome: MemoryPlan
     ledger: Ledger
     phases: tuple[PhaseRecord, ...]
     peak_ours_bytes: int
@@ -83,7 +87,8 @@ class Certificate:
             "holds": self.holds,
             "peak_bytes": self.peak_ours_bytes,
             "low_water_bytes": self.low_water_bytes,
-            **report_json(self.plan, self.ledger, self.phases),
+            **report_json(self.outcome, self.ledger, self.phases),
+            "planned": report_json(self.plan, self.plan.ledger),
             "predicted_and_measured": lines,
             "settings": {name: {"value": value, "source": self.sources.get(name, "")} for name, value in self.settings.items()},
             "device": dict(self.device),
@@ -92,13 +97,22 @@ class Certificate:
         }
 
     def write(self, folder: Path, name: str = "certificate") -> Path:
-        """Write `folder/name.json` in one step (a reader never sees half of it); returns the path."""
+        """Write `folder/name-DIGEST.json` in one step (a reader never sees half of it); returns the path.
+
+        The digest is of the settings: starts with other settings keep certificates of their own."""
+        settings = json.dumps(dict(self.settings), sort_keys=True, default=str)
+        name = f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.json"
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(self.to_json(), indent=2, default=str) + "\n", encoding="utf-8")
         temporary.replace(path)
         return path
+
+
+def certificates_folder() -> Path:
+    """Where every start leaves its certificate."""
+    return cache_folder() / "certificates"
 
 
 def low_water_bytes(phases: Sequence[PhaseRecord], names: Sequence[str] = ("prove",)) -> int:

@@ -162,7 +162,10 @@ def find_profile(name: str) -> DeviceProfile:
     """By name (`h100-80g`), as `cpu:16GiB`, or the file of that path. Raises ConfigError that lists what there is."""
     if name.startswith(HOST_PREFIX):
         return _host(name)
-    if name in (known := {profile.name: profile for profile in known_profiles()}):
+    known: dict[str, DeviceProfile] = {}
+    for profile in known_profiles():
+        known.setdefault(profile.name, profile)
+    if name in known:
         return known[name]
     path = Path(name).expanduser()
     if path.suffix == ".toml" or path.is_file():

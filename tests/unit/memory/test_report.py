@@ -122,6 +122,7 @@ def test_certificate_is_written_whole(tmp_path: Path) -> None:
     assert low == 16 * GIB - 822 * MIB - 7 * MIB
     certificate = Certificate(
         plan=plan,
+        outcome=replace(plan, kv_blocks=(4096, 576)),
         ledger=measured,
         phases=tuple(profiler.records),
         peak_ours_bytes=profiler.peak_ours_bytes,
@@ -132,8 +133,9 @@ def test_certificate_is_written_whole(tmp_path: Path) -> None:
         versions={"brim": "0"},
     )
     path = certificate.write(tmp_path / "new" / "folder", "demo")
-    assert [p.name for p in path.parent.iterdir()] == ["demo.json"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name] and path.name.startswith("demo-")
     data = json.loads(path.read_text())
+    assert (data["planned"]["kv"]["tokens"], data["kv"]["tokens"]) == (65_536, 65_520)
     assert data["holds"] is True and data["low_water_bytes"] == low
     assert data["settings"]["max_num_seqs"] == {"value": 16, "source": "flag"}
     context = next(x for x in data["predicted_and_measured"] if x["category"] == "context")
