@@ -15,6 +15,7 @@ from brim.engine.completion import CompletionChunk, Usage
 from brim.engine.messages import AbortRequest, ControlCall, ControlReply, FromEngine, StepOutputs
 from brim.engine.output_processor import OutputProcessor
 from brim.engine.sampling_params import SamplingParams
+from brim.engine.start_watch import PhaseSoFar
 from brim.engine.supervisor import Supervisor
 from brim.engine.text_seam import TextTools
 from brim.errors import EngineDead, EngineError
@@ -60,6 +61,11 @@ class AsyncEngine:
     def num_restarts(self) -> int:
         """How often the engine process was started again."""
         return self._supervisor.num_restarts
+
+    @property
+    def start_phases(self) -> Sequence[PhaseSoFar]:
+        """What the engine's last start went through, so far."""
+        return self._supervisor.start_phases
 
     @property
     def num_requests(self) -> int:

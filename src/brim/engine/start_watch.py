@@ -35,11 +35,33 @@ class SilenceLimits:
         return self.by_phase.get(phase)
 
 
+@dataclass(slots=True)
+class PhaseSoFar:
+    """One phase of a start as it is seen from here. fraction: of its work, where it says so."""
+
+    name: str
+    text: str
+    fraction: float | None = None
+    began_s: float = field(default_factory=time.monotonic)
+    ended_s: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """The next one began, or the engine serves."""
+        return self.ended_s is not None
+
+    @property
+    def seconds(self) -> float:
+        """It took, or has taken so far."""
+        return (time.monotonic() if self.ended_s is None else self.ended_s) - self.began_s
+
+
 class StartWatch:
     """One start, from its first word on."""
 
     def __init__(self) -> None:
         self.phase = ""
+        self.phases: list[PhaseSoFar] = []
         self.uses = StartUses()
         self.identity: dict[str, str] = {}
         self.worst_step_s = 0.0
@@ -51,10 +73,22 @@ class StartWatch:
         if self.phase == progress.phase == "prove":
             self.worst_step_s = max(self.worst_step_s, now - self._said_s)
         self.phase, self._said_s = progress.phase, now
+        self._note_phase(progress, now)
         if progress.uses is not None:
             self.uses = progress.uses
         if progress.identity is not None:
             self.identity = progress.identity
+
+    def _note_phase(self, progress: StartupProgress, now: float) -> None:
+        if all(one.name != progress.phase for one in self.phases):
+            self._end_phase(now)
+            self.phases.append(PhaseSoFar(progress.phase, progress.text, progress.fraction, now))
+        elif self.phases[-1].name == progress.phase:  # an earlier one's word is part of what the present one does
+            self.phases[-1].text, self.phases[-1].fraction = progress.text, progress.fraction
+
+    def _end_phase(self, now: float) -> None:
+        if self.phases and not self.phases[-1].is_done:
+            self.phases[-1].ended_s = now
 
     def noting(self, on_progress: Callable[[StartupProgress], None]) -> Callable[[StartupProgress], None]:
         """Note what is said, then pass it on."""
@@ -69,6 +103,7 @@ class StartWatch:
         """The last proven step is done."""
         if self.phase == "prove":
             self.worst_step_s = max(self.worst_step_s, time.monotonic() - self._said_s)
+        self._end_phase(time.monotonic())
 
     def blame(self, how: str) -> Avoided | None:
         """What to do without, should it have died now; None where nothing can be taken away."""

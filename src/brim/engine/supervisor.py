@@ -26,7 +26,7 @@ from brim.config.avoid_record import write_record
 from brim.config.schema import Avoided, BrimConfig
 from brim.engine.engine_child import EngineProcess
 from brim.engine.messages import ControlCall, ControlReply, EngineFailed, EngineReady, FromEngine, StartupProgress, ToEngine
-from brim.engine.start_watch import SilenceLimits, StartWatch
+from brim.engine.start_watch import PhaseSoFar, SilenceLimits, StartWatch
 from brim.errors import BrimError, EngineDead, EngineError, MemoryBudgetError, OutOfDeviceMemory
 
 ENGINE_COMMAND = (sys.executable, "-m", "brim.engine_main")
@@ -94,6 +94,11 @@ class Supervisor:
     @property
     def _is_stopped(self) -> bool:
         return self.state == "stopped"
+    @property
+    def start_phases(self) -> Sequence[PhaseSoFar]:
+        """Of the last start, so far."""
+        return self._watch.phases
+
 
     async def start(self, on_progress: Callable[[StartupProgress], None] | None = None) -> dict[str, Any]:
         """Start the engine and wait until it serves; what it says of itself. Raises the BrimError that stopped it."""

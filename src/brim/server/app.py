@@ -16,7 +16,10 @@ from brim.errors import BrimError, InvalidParameter, RequestError
 from brim.server.api_errors import JSON, ApiError, answer_error
 from brim.server.chat import ChatCompletions
 from brim.server.completions import Completions
+from brim.server.engine_account import EngineAccount
 from brim.server.gate import KeyGate, RequestLog
+from brim.server.live import LiveServer, LiveView, live_response
+from brim.server.memory_page import MemoryPage
 from brim.server.metrics import CONTENT_TYPE, ServerMetrics
 from brim.server.openai_types import IGNORED, DetokenizeRequest, TokenizeRequest
 from brim.server.prompts import Prompts
@@ -47,7 +50,11 @@ class _Routes:
         self._front = front
         self._max_body_bytes = config.server.max_body_bytes
         self._created_s = int(time.time())
-        self._metrics = ServerMetrics(engine)
+        account = EngineAccount(engine)
+        self._metrics = ServerMetrics(engine, account)
+        self._page = MemoryPage()
+        server = LiveServer(front.model_names, takes_chat=front.chat_template is not None)
+        self._live = LiveView(engine, server, account, self._metrics)
         self._prompts = Prompts(front, lambda: engine.info)
         self._completions = Completions(engine, front, self._prompts, self._metrics)
         self._chat = ChatCompletions(engine, front, self._prompts, self._metrics)
@@ -63,10 +70,13 @@ class _Routes:
         for path, handler in posts.items():
             app.add_api_route(path, self._reading(handler), methods=["POST"], response_model=None)
         gets: dict[str, Callable[..., Awaitable[Response]]] = {
+            "/": self._memory_page,
             "/health": self._health,
             "/version": self._version,
             "/metrics": self._show_metrics,
             "/memory": self._memory,
+            "/memory/live": self._memory_live,
+            "/memory/certificate": self._live.certificate,
             "/v1/models": self._models,
             "/v1/models/{name:path}": self._model,
         }
@@ -94,6 +104,12 @@ class _Routes:
 
     async def _memory(self) -> Response:
         return _json(await self._engine.memory())
+
+    async def _memory_page(self) -> Response:
+        return self._page.response()
+
+    async def _memory_live(self) -> Response:
+        return live_response(await self._live.document())
 
     async def _models(self) -> Response:
         return _json({"object": "list", "data": [self._card(name) for name in self._front.model_names]})

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from brim.server.api_errors import ApiError
 
-_OPEN_PATHS = frozenset({"/health"})
+_OPEN_PATHS = frozenset({"/health", "/"})  # the memory page itself holds no figures; what it asks for wants the key
 
 
 class KeyGate:

@@ -17,17 +17,20 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from brim.config.schema import BrimConfig, ServerConfig
 from brim.engine.async_engine import AsyncEngine
 from brim.engine.messages import StartupProgress
-from brim.engine.supervisor import ENGINE_COMMAND, Supervisor
+from brim.engine.supervisor import Supervisor
 from brim.errors import ConfigError
 from brim.front import open_front
 from brim.server.app import create_app
 from brim.server.instances import InstanceFile
+from brim.server.gate import KeyGate
 from brim.server.seams import ServerFront
-from brim.server.waiting_room import WaitingRoom
+from brim.server.live import LiveServer
+from brim.server.waiting_room import Door, WaitingRoom
 
 T = TypeVar("T")
 OpenFront = Callable[[BrimConfig], ServerFront]
@@ -109,12 +112,16 @@ class HttpServer:
         file = InstanceFile.open(names[0] if names else self._config.model.model, self._url)
         with self._signals():
             try:
-                async with WaitingRoom(self._listener):
-                    engine, front = await self._until_stopped(self._start(on_progress))
+                engine, front = await self._until_stopped(self._start(on_progress))
                 if on_ready is not None:
                     on_ready(engine.info)
-                await self._serve(engine, front, file)
+                door.app = create_app(engine, front, self._config, extra_keys=keys)
+                await self._serve(engine, front, file, http, serving)
+        keys = [file.instance.key] if file is not None else []
+        door = Door(self._waiting_room(keys))
+        http = _Uvicorn(_settings(door))
             except _Stopped:
+            serving = asyncio.create_task(http.serve(sockets=[self._listener]))
                 print("brim: stopped while starting.", file=sys.stderr, flush=True)
             finally:
                 await self._supervisor.close()
@@ -124,9 +131,16 @@ class HttpServer:
     async def _start(self, on_progress: OnProgress | None) -> tuple[AsyncEngine, ServerFront]:
         starting = asyncio.create_task(self._supervisor.start(on_progress))
         try:
+                await self._hang_up(http, serving)
             front = await asyncio.to_thread(self._open_front, self._config)
             engine = AsyncEngine(self._supervisor, front.text_tools)
             await starting
+        serving.result()
+
+    def _waiting_room(self, keys: Sequence[str]) -> ASGIApp:
+        room = WaitingRoom(LiveServer.of_config(self._config), lambda: self._supervisor.start_phases)
+        own = self._config.server.api_keys
+        return KeyGate(room, [*own, *keys]) if own else room
         finally:
             starting.cancel()
             await asyncio.wait({starting})
@@ -144,33 +158,27 @@ class HttpServer:
             starting.cancel()
             await asyncio.wait({starting, stopping})
 
-    async def _serve(self, engine: AsyncEngine, front: ServerFront, file: InstanceFile | None) -> None:
-        keys = [file.instance.key] if file is not None else []
-        app = create_app(engine, front, self._config, extra_keys=keys)
-        settings = uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, log_level="warning", server_header=False,
-            backlog=_BACKLOG, timeout_graceful_shutdown=_CLOSING_S,
-        )  # fmt: skip
-        http = _Uvicorn(settings)
-        serving = asyncio.create_task(http.serve(sockets=[self._listener]))
-        stopping, accepting = asyncio.create_task(self._stop.wait()), asyncio.create_task(http.accepts.wait())
+    async def _serve(
+        self, engine: AsyncEngine, front: ServerFront, file: InstanceFile | None, http: _Uvicorn, serving: asyncio.Task[None]
+    ) -> None:
+        if file is not None:
+            file.set_state("serving")
+        print(f"brim: serving {front.model_names[0]} at {self._url}/v1", file=sys.stderr, flush=True)
+        stopping = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait({serving, accepting}, return_when=asyncio.FIRST_COMPLETED)
-            if accepting.done():
-                if file is not None:
-                    file.set_state("serving")
-                print(f"brim: serving {front.model_names[0]} at {self._url}/v1", file=sys.stderr, flush=True)
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
                 await self._drain(engine, file)
         finally:
             stopping.cancel()
-            accepting.cancel()
-            http.should_exit = True
-            http.force_exit = self._hurry.is_set()
-            await asyncio.wait({serving, stopping, accepting})
+            await asyncio.wait({stopping})
+            await self._hang_up(http, serving)
             await engine.close()
-        serving.result()
+
+    async def _hang_up(self, http: _Uvicorn, serving: asyncio.Task[None]) -> None:
+        http.should_exit = True
+        http.force_exit = self._hurry.is_set()
+        await asyncio.wait({serving})
 
     async def _drain(self, engine: AsyncEngine, file: InstanceFile | None) -> None:
         if file is not None:
@@ -206,17 +214,15 @@ class _Stopped(Exception):
     """A signal came before the server served."""
 
 
+def _settings(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, lifespan="off", ws="none", log_config=None, access_log=False, log_level="warning", server_header=False,
+        backlog=_BACKLOG, timeout_graceful_shutdown=_CLOSING_S,
+    )  # fmt: skip
+
+
 class _Uvicorn(uvicorn.Server):
-    """Signals are HttpServer's, which drains first. accepts: set once requests reach the app."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.accepts = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
-        await super().startup(sockets)
-        self.accepts.set()
+    """Signals are HttpServer's, which drains first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from brim.engine.completion import CompletionChunk
-from brim.errors import BrimError
+from brim.server.engine_account import EngineAccount
 from brim.server.seams import EngineClient
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -25,11 +25,10 @@ _REQUEST_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600
 class ServerMetrics:
     """One a server. Tokens and times are seen here; queues, cache and memory are asked of the engine at each scrape."""
 
-    def __init__(self, engine: EngineClient) -> None:
-        self._engine = engine
+    def __init__(self, engine: EngineClient, account: EngineAccount) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._account = _EngineAccount(engine)
-        self._registry.register(self._account)
+        self._account = account
+        self._registry.register(_EngineMetrics(engine, account))
         registry = self._registry
         self._prompt_tokens = Counter("brim_prompt_tokens", "Prompt tokens of accepted requests.", registry=registry)
         self._new_tokens = Counter("brim_generation_tokens", "Tokens generated.", registry=registry)
@@ -58,6 +57,24 @@ class ServerMetrics:
                 self._request.observe(observation.elapsed_s)
             if observation.per_token_s is not None:
                 self._per_token.observe(observation.per_token_s)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of requests that got their first token."""
+        return int(_samples(self._prompt_tokens)["_total"])
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Generated since the server began."""
+        return int(_samples(self._new_tokens)["_total"])
+
+    @property
+    def first_token(self) -> dict[str, Any]:
+        """Times to the first token: how many, their sum, and how many were within each bound (null: any)."""
+        found = _samples(self._first_token)
+        buckets = [(bound, found[f"_bucket{bound:g}"]) for bound in _FIRST_TOKEN_S] + [(None, found["_count"])]
+        within = [{"within_s": bound, "count": int(count)} for bound, count in buckets]
+        return {"count": int(found["_count"]), "sum_s": found["_sum"], "buckets": within}
 
     async def page(self) -> bytes:
         """The text that is scraped; where the engine does not answer, without what it would say."""
@@ -99,23 +116,16 @@ class Observation:
         return (self._last_s - self.first_s) / later if self.first_s is not None and later else None
 
 
-class _EngineAccount(Collector):
+class _EngineMetrics(Collector):
     """What the engine said at the last scrape, as metrics."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineClient, account: EngineAccount) -> None:
         self._engine = engine
-        self._stats: Mapping[str, Any] = {}
-        self._memory: Mapping[str, Any] = {}
-
-    async def refresh(self) -> None:
-        """Ask the engine."""
-        try:
-            self._stats, self._memory = await self._engine.stats(), await self._engine.memory()
-        except BrimError:
-            self._stats, self._memory = {}, {}
+        self._account = account
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
+        stats, memory = self._account.stats, self._account.memory
         up = GaugeMetricFamily("brim_engine_up", "1 where requests are served.", 1.0 if self._engine.is_healthy else 0.0)
         yield up
         yield CounterMetricFamily("brim_engine_restarts", "Engine processes started again.", self._engine.num_restarts)
@@ -123,18 +133,27 @@ class _EngineAccount(Collector):
             ("running", "brim_requests_running", "Sequences being computed."),
             ("waiting", "brim_requests_waiting", "Sequences in the queue."),
         ):
-            if key in self._stats:
-                yield GaugeMetricFamily(name, text, self._stats[key])
+            if key in stats:
+                yield GaugeMetricFamily(name, text, stats[key])
         for key, name, text in (
             ("num_preemptions", "brim_preemptions", "Sequences that gave their blocks back and start again."),
             ("num_prefix_hit_tokens", "brim_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
         ):
-            if key in self._stats:
-                yield CounterMetricFamily(name, text, self._stats[key])
-        if self._stats:
-            yield _kv_blocks(self._stats.get("kv", {}))
-        if self._memory:
-            yield from _memory(self._memory)
+            if key in stats:
+                yield CounterMetricFamily(name, text, stats[key])
+        if stats:
+            yield _kv_blocks(stats.get("kv", {}))
+        if memory:
+            yield from _memory(memory)
+
+
+def _samples(metric: Collector) -> dict[str, float]:
+    """Of one metric without labels: value by suffix; a bucket's suffix ends in its bound."""
+    (family,) = metric.collect()
+    return {
+        sample.name.removeprefix(family.name) + (f"{float(bound):g}" if (bound := sample.labels.get("le")) else ""): sample.value
+        for sample in family.samples
+    }
 
 
 def _kv_blocks(kv: Mapping[str, Any]) -> Metric:

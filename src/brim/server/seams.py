@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from brim.engine.completion import CompletionChunk
 from brim.engine.sampling_params import SamplingParams
+from brim.engine.start_watch import PhaseSoFar
 from brim.engine.text_seam import TextTools
 
 
@@ -28,6 +29,10 @@ class EngineClient(Protocol):
     @property
     def num_restarts(self) -> int:
         """How often the engine process was started again."""
+
+    @property
+    def start_phases(self) -> Sequence[PhaseSoFar]:
+        """What its last start went through, so far."""
 
     def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0

@@ -1,55 +1,51 @@
-"""What clients hear while the engine starts: a 503 that says so. Owns the listener until the app takes it over.
+"""What clients hear while the engine starts: a 503 that says so, and the memory page with the start's phases. Owns that app.
 
-The port listens from the first moment, so that a second server on it is refused before it loads a model, and a client is
-told to wait instead of being turned away.
+The port is served from the first moment, so that a second server on it is refused before it loads a model, and a client is
+told to wait instead of being turned away. A `Door` stands before both apps and is opened once there is an engine.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import socket
-from types import TracebackType
+from collections.abc import Callable, Sequence
 
+from fastapi import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from brim.engine.start_watch import PhaseSoFar
 from brim.server.api_errors import ApiError
+from brim.server.live import LIVE_PATH, LiveServer, live_response
+from brim.server.memory_page import PAGE_PATH, MemoryPage
 
-_TIMEOUT_S = 5.0
-_MOST_HEADER_BYTES = 1 << 16
+_REASON = "The engine is starting; try again shortly."
+
+
+class Door:
+    """The app in front: passes everything to `app`, which may be replaced while the port is served."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        await self.app(scope, receive, send)
 
 
 class WaitingRoom:
-    """An async context: open inside, closed after. The listener itself stays open, and who comes in between waits in it."""
+    """The app of a server whose engine starts for the first time. phases: of that start, so far."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
-        self._server: asyncio.Server | None = None
+    def __init__(self, server: LiveServer, phases: Callable[[], Sequence[PhaseSoFar]]) -> None:
+        self._server = server
+        self._phases = phases
+        self._page = MemoryPage()
 
-    async def __aenter__(self) -> WaitingRoom:
-        self._server = await asyncio.start_server(_answer, sock=self._listener.dup(), limit=_MOST_HEADER_BYTES)
-        return self
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http":
+            await self._answer(scope["method"], scope["path"])(scope, receive, send)
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._server is not None:
-            self._server.close()
-
-
-async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One request, whatever it is. What else the client sends is read, or it would not see the answer."""
-    try:
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            async with asyncio.timeout(_TIMEOUT_S):
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(_starting())
-                writer.write_eof()
-                while await reader.read(_MOST_HEADER_BYTES):
-                    pass
-    finally:
-        writer.close()
-
-
-def _starting() -> bytes:
-    error = ApiError(
-        503, "The engine is starting; try again shortly.", kind="service_unavailable", code="engine_unavailable"
-    ).response()
-    headers = b"".join(b"%s: %s\r\n" % header for header in error.raw_headers)
-    return b"HTTP/1.1 503 Service Unavailable\r\n" + headers + b"connection: close\r\n\r\n" + bytes(error.body)
+    def _answer(self, method: str, path: str) -> Response:
+        if method == "GET" and path == PAGE_PATH:
+            return self._page.response()
+        if method == "GET" and path == LIVE_PATH:
+            return live_response(self._server.starting(_REASON, self._phases()))
+        return ApiError(503, _REASON, kind="service_unavailable", code="engine_unavailable").response()

@@ -17,6 +17,7 @@ from brim.config.schema import BrimConfig, ModelConfig, ServerConfig
 from brim.engine.completion import CompletionChunk
 from brim.engine.output_processor import OutputProcessor
 from brim.engine.sampling_params import SamplingParams
+from brim.engine.start_watch import PhaseSoFar
 from brim.errors import EngineDead
 from brim.server.app import create_app
 
@@ -29,6 +30,7 @@ class LetterEngine:
         self.is_healthy = True
         self.reason = ""
         self.num_restarts = 0
+        self.start_phases: list[PhaseSoFar] = []
         self.dies_after: int | None = None
         self.seen: list[SamplingParams] = []
         self.priorities: list[int] = []
