@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +17,7 @@ from typing import Any
 from brim.config.avoid import StartUses, apply_recorded, said_of_record
 from brim.config.avoid_record import identity_of, read_record
 from brim.config.model_source import ModelSource, open_model
-from brim.config.resolve import known_fields
+from brim.config.resolve import known_fields, resolve
 from brim.config.schema import BrimConfig
 from brim.engine.block_manager import BlockManager
 from brim.engine.core import EngineCore
@@ -22,6 +25,8 @@ from brim.engine.limits import EngineLimits
 from brim.engine.messages import StartupProgress
 from brim.engine.scheduler import Scheduler
 from brim.engine.sequence_table import SequenceTable
+from brim.engine.step import Executor
+from brim.errors import ConfigError, DeviceError
 from brim.kernels.base import Kernels
 from brim.kernels.compiler import Backend
 from brim.kernels.select import KernelSelection, select_kernels
@@ -30,8 +35,10 @@ from brim.layers.weights import matrix_num_bytes
 from brim.memory.certificate import Certificate, certificates_folder, low_water_bytes
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect, registered
+from brim.platforms.profile import calibrated_folder
 from brim.platforms.scenario import read_scenario
 from brim.worker.device_worker import DeviceWorker
+from brim.worker.plan_calibration import STARTS, measured_start, profile_from, start_json, start_of_json
 from brim.worker.plan_device import plan_device
 from brim.worker.plan_preview import open_planned, plan_model, plan_together
 from brim.worker.scripted_run import run_scenario
@@ -107,6 +114,47 @@ def plan_starts(configs: Sequence[BrimConfig], devices: Sequence[str], parts: En
     return {"plans": plans, "seconds": round(time.perf_counter() - started, 3)}
 
 
+def measure_start(settings: dict[str, Any]) -> dict[str, Any]:
+    """Start once and say what that took, for `calibrate`. Raises BrimError."""
+    core, _ = build_engine_core(resolve(settings), lambda progress: None)
+    worker = core.executor
+    assert isinstance(worker, DeviceWorker), "build_engine_core starts one"
+    try:
+        return start_json(measured_start(worker))
+    finally:
+        worker.close()
+
+
+def calibrate(path: Path | None, device: str, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
+    """Measure this machine's profile by starting small models, each in a process of its own, and write it to path, or where plans
+    find it. Raises DeviceError where no start came to be, ConfigError where the file cannot be written."""
+    starts, failures = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, start in enumerate(STARTS):
+            text = f"start {number + 1} of {len(STARTS)}: {start.num_layers} layers, {start.graph_mode}"
+            on_progress(StartupProgress("calibrate", text))
+            config_path = Path(folder) / "config.json"
+            config_path.write_text(json.dumps(start.model), encoding="utf-8")
+            task = json.dumps({"model": str(config_path), "device": device, **start.settings})
+            command = [sys.executable, "-m", "brim.calibration_main"]
+            done = subprocess.run(command, input=task, capture_output=True, text=True, check=False)
+            if done.returncode:
+                failures.append(f"{text}: {(done.stderr.strip().splitlines() or ['it died'])[-1]}")
+            else:
+                starts.append(start_of_json(json.loads(done.stdout.splitlines()[-1])))
+    if not starts:
+        raise DeviceError(f"No start came to be, so nothing was measured. {failures[0]}")
+    profile = profile_from(starts, time.strftime("%Y-%m-%d"))
+    path = path or calibrated_folder() / f"{profile.name}.toml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(profile.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"The profile cannot be written to {path}: {error.strerror}.") from error
+    figures = {name: asdict(figure) for name, figure in profile.figures.items()}
+    return {"profile": profile.name, "file": str(path), "figures": figures, "starts": len(starts), "failures": failures}
+
+
 def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConfig, dict[str, str]]:
     """The configuration without what ended an earlier engine of this kind (said in one line), and which kind it is."""
     versions = {name: version(name) for name in ("brim", "torch")}
@@ -118,8 +166,10 @@ def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConf
     return changed, identity
 
 
-def core_over(config: BrimConfig, platform: Platform, worker: DeviceWorker, source: ModelSource) -> EngineCore:
-    """Scheduler, blocks and loop over a proven worker."""
+def core_over(
+    config: BrimConfig, platform: Platform, worker: DeviceWorker, source: ModelSource, executor: Executor | None = None
+) -> EngineCore:
+    """Scheduler, blocks and loop over a proven worker. executor: runs the steps where that is more than the worker alone."""
     plan = worker.ready.plan
     limits = EngineLimits(
         max_num_seqs=plan.limits.max_num_seqs,
@@ -135,7 +185,7 @@ def core_over(config: BrimConfig, platform: Platform, worker: DeviceWorker, sour
     blocks = BlockManager(layout, worker.committed_blocks, table, enable_prefix_caching=caching, capacity=capacity)
     return EngineCore(
         Scheduler(limits, blocks, table),
-        worker,
+        executor or worker,
         vocab_size=source.spec.vocab_size,
         eos_token_ids=source.eos_token_ids,
         seed=config.model.seed,

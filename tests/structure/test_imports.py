@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brim": (*FOUNDATION, "engine", "llm"),
     "cli": (*FOUNDATION, "config", "memory", "engine", "server", "runtime", "llm", "brim"),
     "engine_main": ("engine", "runtime"),
+    "calibration_main": ("runtime",),
     "__main__": ("cli",),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +41,10 @@ def doctor(
     forget: Annotated[
         bool, typer.Option("--forget", help="Only forget what starts do without because it ended an engine: it is tried again.")
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Only measure this machine's profile for `brim plan`; MODEL names its file."),
+    ] = False,
     settings: dict[str, Any],
 ) -> None:
     """Check this machine: what each reading says, what the platform really does, what start-up would do and why.
@@ -49,6 +54,9 @@ def doctor(
     """
     if forget:
         _forget(as_json)
+        return
+    if calibrate:
+        _calibrate(model, settings, as_json)
         return
     try:
         config = build_config(model or _NO_MODEL, settings)
@@ -75,6 +83,19 @@ def _forget(as_json: bool) -> None:
         return
     count = "1 record" if len(gone) == 1 else f"{len(gone)} records"
     print(f"Forgot {count} of what starts do without; the next start tries it again." if gone else "There was nothing to forget.")
+
+
+def _calibrate(file: str | None, settings: dict[str, Any], as_json: bool) -> None:
+    from brim.cli.doctor_report import print_profile
+    from brim.runtime import calibrate
+
+    device = build_config(_NO_MODEL, settings).device.device
+    with ProgressLine(quiet=as_json or not sys.stderr.isatty()) as progress:
+        found = calibrate(Path(file) if file else None, device, progress)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_profile(found, sys.stdout)
 
 
 def examine(

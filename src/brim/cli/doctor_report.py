@@ -37,6 +37,18 @@ def print_report(found: dict[str, Any], stream: IO[str]) -> None:
     stream.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().strip("\n").splitlines()))
 
 
+def print_profile(found: dict[str, Any], stream: IO[str]) -> None:
+    """What a calibration measured and where it lies."""
+    console = Console(file=stream, width=WIDTH, highlight=False, markup=False, emoji=False)
+    rows = [
+        (name, _value(name, figure["value"]), figure["source"].partition(";")[0]) for name, figure in found["figures"].items()
+    ]
+    _table(console, f"Profile {found['profile']}, measured by {found['starts']} starts", ("figure", "", "how"), rows, {1})
+    for failure in found["failures"]:
+        console.print(f"Left out: {failure}")
+    console.print(f"\nWritten to {found['file']}")
+
+
 def _table(console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str | Text]], right: set[int]) -> None:
     """Columns that wrap rather than pass the width; the first never does."""
     console.print(f"\n{title}", style="bold")

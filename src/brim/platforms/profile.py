@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, Figure] = {
     "graph_whole_layer_bytes": Figure(32 << 10, "predicted", _H100),
     "graph_whole_bytes": Figure(128 << 10, "predicted", _H100),
     "graph_piece_bytes": Figure(144 << 10, "predicted", _H100),
-    "starting_bytes": Figure(13 * MIB, "predicted", _HOST),
+    "starting_bytes": Figure(16 * MIB, "predicted", _HOST),
     "num_cores": Figure(1, "predicted", "one"),
     "granularity_bytes": Figure(2 * MIB, "predicted", "huge pages, or a handle of the driver's"),
 }
