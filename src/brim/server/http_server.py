@@ -22,14 +22,14 @@ from starlette.types import ASGIApp
 from brim.config.schema import BrimConfig, ServerConfig
 from brim.engine.async_engine import AsyncEngine
 from brim.engine.messages import StartupProgress
-from brim.engine.supervisor import Supervisor
+from brim.engine.supervisor import ENGINE_COMMAND, Supervisor
 from brim.errors import ConfigError
 from brim.front import open_front
 from brim.server.app import create_app
-from brim.server.instances import InstanceFile
 from brim.server.gate import KeyGate
-from brim.server.seams import ServerFront
+from brim.server.instances import InstanceFile
 from brim.server.live import LiveServer
+from brim.server.seams import ServerFront
 from brim.server.waiting_room import Door, WaitingRoom
 
 T = TypeVar("T")
@@ -110,37 +110,37 @@ class HttpServer:
         """From start to end."""
         names = self._config.model.served_model_name
         file = InstanceFile.open(names[0] if names else self._config.model.model, self._url)
+        keys = [file.instance.key] if file is not None else []
+        door = Door(self._waiting_room(keys))
+        http = _Uvicorn(_settings(door))
         with self._signals():
+            serving = asyncio.create_task(http.serve(sockets=[self._listener]))
             try:
                 engine, front = await self._until_stopped(self._start(on_progress))
                 if on_ready is not None:
                     on_ready(engine.info)
                 door.app = create_app(engine, front, self._config, extra_keys=keys)
                 await self._serve(engine, front, file, http, serving)
-        keys = [file.instance.key] if file is not None else []
-        door = Door(self._waiting_room(keys))
-        http = _Uvicorn(_settings(door))
             except _Stopped:
-            serving = asyncio.create_task(http.serve(sockets=[self._listener]))
                 print("brim: stopped while starting.", file=sys.stderr, flush=True)
             finally:
+                await self._hang_up(http, serving)
                 await self._supervisor.close()
                 if file is not None:
                     file.close()
-
-    async def _start(self, on_progress: OnProgress | None) -> tuple[AsyncEngine, ServerFront]:
-        starting = asyncio.create_task(self._supervisor.start(on_progress))
-        try:
-                await self._hang_up(http, serving)
-            front = await asyncio.to_thread(self._open_front, self._config)
-            engine = AsyncEngine(self._supervisor, front.text_tools)
-            await starting
         serving.result()
 
     def _waiting_room(self, keys: Sequence[str]) -> ASGIApp:
         room = WaitingRoom(LiveServer.of_config(self._config), lambda: self._supervisor.start_phases)
         own = self._config.server.api_keys
         return KeyGate(room, [*own, *keys]) if own else room
+
+    async def _start(self, on_progress: OnProgress | None) -> tuple[AsyncEngine, ServerFront]:
+        starting = asyncio.create_task(self._supervisor.start(on_progress))
+        try:
+            front = await asyncio.to_thread(self._open_front, self._config)
+            engine = AsyncEngine(self._supervisor, front.text_tools)
+            await starting
         finally:
             starting.cancel()
             await asyncio.wait({starting})
