@@ -92,13 +92,13 @@ class Supervisor:
         return self._process.pid if self._process is not None else None
 
     @property
-    def _is_stopped(self) -> bool:
-        return self.state == "stopped"
-    @property
     def start_phases(self) -> Sequence[PhaseSoFar]:
         """Of the last start, so far."""
         return self._watch.phases
 
+    @property
+    def _is_stopped(self) -> bool:
+        return self.state == "stopped"
 
     async def start(self, on_progress: Callable[[StartupProgress], None] | None = None) -> dict[str, Any]:
         """Start the engine and wait until it serves; what it says of itself. Raises the BrimError that stopped it."""
