@@ -27,7 +27,7 @@ serve: setup ## Serve the demo model over the OpenAI API (PORT=8000)
 	@exec $(BIN)/brim serve demo --port $(PORT)
 
 test: setup lint types ## Set up, lint, types and the whole test suite
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@scripts/test.sh $(PYTEST_ARGS)
 
 check: lint types structure docs ## The quick part: lint, types, house rules, generated docs
 

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +51,8 @@ class Server:
     def said(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_ready(self) -> Server:
-        wait_until(lambda: "brim: serving" in self.said or self.process.poll() is not None, "serving")
+    def wait_ready(self, timeout_s: float = TIMEOUT_S) -> Server:
+        wait_until(lambda: "brim: serving" in self.said or self.process.poll() is not None, "serving", timeout_s)
         found = re.search(r"serving \S+ at (http\S+)/v1$", self.said, re.MULTILINE)
         assert found, self.said
         self.url = found.group(1)
@@ -89,10 +89,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, folder: Path) -> Iterator[Server]:
+def running(*arguments: str, folder: Path, command: Sequence[str] = SERVER) -> Iterator[Server]:
     """A server from its start to its end, whatever happens."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
-    process = subprocess.Popen([*SERVER, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     server = Server(process, folder)
     reader = threading.Thread(target=server.read)
     reader.start()
