@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from brim.engine.sampling_params import SamplingParams
 from brim.errors import BrimError
+from brim.importing import collector_at_rest
 
 if TYPE_CHECKING:
     from brim.llm import LLM, RequestOutput
@@ -20,7 +21,8 @@ __all__ = ["LLM", "BrimError", "RequestOutput", "SamplingParams"]
 
 def __getattr__(name: str) -> Any:
     if name in ("LLM", "RequestOutput"):
-        from brim import llm
+        with collector_at_rest():
+            from brim import llm
 
         return getattr(llm, name)
     raise AttributeError(f"module 'brim' has no attribute '{name}'")

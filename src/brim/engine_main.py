@@ -1,15 +1,17 @@
-"""`python -m brim.engine_main`: the engine's process behind a server. Started by `engine.supervisor`, never by people."""
+"""`python -m brim.engine_main`: the engine's process behind a server. Started by `engine.launched_process`, never by people."""
 
 from __future__ import annotations
 
 import sys
 
-from brim.engine.engine_process import run_engine_process
-from brim.runtime import build_engine_core
+from brim.importing import collector_at_rest
 
 
 def main() -> int:
     """Serve the engine that `runtime` builds until told to stop."""
+    with collector_at_rest():
+        from brim.engine.engine_process import run_engine_process
+        from brim.runtime import build_engine_core
     return run_engine_process(build_engine_core)
 
 

@@ -14,6 +14,7 @@ FOUNDATION = ("errors", "units")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "units": ("errors",),
+    "importing": (),
     "formats": FOUNDATION,
     "config": (*FOUNDATION, "formats"),
     "text": (*FOUNDATION, "formats", "config"),
@@ -32,9 +33,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": (*FOUNDATION, "formats", "config", "text", "platforms", "memory", "parallel", "kernels", "layers", "models",
                 "engine", "worker"),
     "llm": (*FOUNDATION, "config", "memory", "text", "engine", "front", "runtime"),
-    "brim": (*FOUNDATION, "engine", "llm"),
+    "brim": (*FOUNDATION, "importing", "engine", "llm"),
     "cli": (*FOUNDATION, "config", "memory", "engine", "server", "runtime", "llm", "brim"),
-    "engine_main": ("engine", "runtime"),
+    "engine_main": ("importing", "engine", "runtime"),
     "calibration_main": ("runtime",),
     "__main__": ("cli",),
 }  # fmt: skip
@@ -42,10 +43,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Factories of optional parts, which may import where they are called: "module:function" -> why.
 FACTORIES: dict[str, str] = {
     "brim:__getattr__": "importing the package stays instant",
+    "engine_main:main": "the garbage collector rests while it imports",
     "formats.model_files:_download_folder": "the hub's client is slow to import and needed for hub ids only",
     "formats.model_files:_download_file": "the hub's client is slow to import and needed for hub ids only",
     "kernels.select:select_kernels": "the native kernels are built only where they are wanted",
     "kernels.select:_triton": "Triton is installed only where there is an accelerator",
+    "kernels.triton.kernels:_hopper_launcher": "Gluon is slow to import and needed on one kind of chip only",
     "platforms.cuda:open_cuda": "the vendor's libraries are installed only where there is such a device",
     "platforms.rocm:open_rocm": "the vendor's library is installed only where there is such a device",
     "platforms.xpu:_native_context": "Triton for the device is installed only where there is one",

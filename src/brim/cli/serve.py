@@ -25,12 +25,13 @@ def serve(
     Until SIGTERM or Ctrl-C; requests in flight are finished first.
     """
     config = build_config(model, settings)
-    from brim.server.http_server import run_server
+    from brim.engine.launched_process import LaunchedProcess
 
-    with ProgressLine() as progress:
+    with LaunchedProcess() as launched, ProgressLine() as progress:  # it imports beside this process
+        from brim.server.http_server import run_server
 
         def ready(info: Mapping[str, Any]) -> None:
             progress.clear()
             print(info.get("startup_report", ""), file=sys.stderr)
 
-        run_server(config, on_progress=progress, on_ready=ready)
+        run_server(config, on_progress=progress, on_ready=ready, launched=launched)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,53 +15,41 @@ import msgspec
 
 from brim.config.schema import BrimConfig
 from brim.engine.engine_process import EngineLaunch
+from brim.engine.launched_process import LaunchedProcess
 from brim.engine.messages import EngineFailed, FromEngine, StartupProgress, ToEngine
 from brim.engine.transport import FrontChannel
 from brim.errors import EngineError
 
 _LAST_WORDS_S = 0.1
 _LAST_BREATH_S = 10.0  # to end in, for a process that said it failed: a lost device may hold it in its driver
-_STDERR = 2
 
 
 class EngineProcess:
     """One life. failure: what it said of its end itself; how, after `run`: its end in a few words (`SIGABRT`, `status 7`)."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: FrontChannel, progress_fd: int) -> None:
-        self._process = process
+    def __init__(self, launched: LaunchedProcess, channel: FrontChannel) -> None:
+        self._launched = launched
         self._channel = channel
-        self._progress_fd = progress_fd
+        self._end = _End(launched.process)
         self.failure: EngineFailed | None = None
         self.how = ""
         self._why_killed = ""
         self._last_breath: asyncio.TimerHandle | None = None
 
     @classmethod
-    async def spawn(cls, command: Sequence[str], config: BrimConfig) -> EngineProcess:
-        """Start it; its settings go over stdin, without the server's keys. Its output goes to stderr."""
+    async def spawn(cls, command: Sequence[str], config: BrimConfig, launched: LaunchedProcess | None = None) -> EngineProcess:
+        """Start it, or take over one that was `launched` earlier; its settings go over stdin, without the server's keys."""
         channel = FrontChannel()
-        reading_fd, writing_fd = os.pipe()
-        os.set_blocking(reading_fd, False)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=subprocess.PIPE, stdout=_STDERR, start_new_session=True, pass_fds=(writing_fd,)
-            )
-        except BaseException as error:
+            launched = launched or LaunchedProcess(command)
+        except EngineError:
             channel.close()
-            os.close(reading_fd)
-            if isinstance(error, OSError):
-                raise EngineError(f"The engine process could not be started: {error}.") from error
             raise
-        finally:
-            os.close(writing_fd)
-        child = cls(process, channel, reading_fd)
+        child = cls(launched, channel)
         private = replace(config, server=replace(config.server, api_keys=()))
-        assert process.stdin is not None, "its stdin is a pipe"
-        launch = EngineLaunch(channel.address, os.getpid(), private, channel.server_key, writing_fd)
-        process.stdin.write(msgspec.json.encode(launch) + b"\n")
+        launch = EngineLaunch(channel.address, os.getpid(), private, channel.server_key, launched.writing_fd)
         try:
-            with contextlib.suppress(ConnectionError):
-                await process.stdin.drain()
+            await asyncio.to_thread(launched.tell, msgspec.json.encode(launch) + b"\n")
         except BaseException:
             await child.close(0)
             raise
@@ -69,7 +58,7 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         """Of the process, for tests and people."""
-        return self._process.pid
+        return self._launched.process.pid
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; never blocks."""
@@ -78,7 +67,7 @@ class EngineProcess:
     async def run(self, on_message: Callable[[FromEngine], None]) -> str:
         """Give every message to `on_message` until the process ends; returns how it ended, a clause."""
         reading = asyncio.create_task(self._read(on_message))
-        ending = asyncio.create_task(self._process.wait())
+        ending = asyncio.create_task(self._end.wait())
         try:
             await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
             if reading.done():  # a message that cannot be read, or a bug of ours: this process is of no more use
@@ -93,9 +82,9 @@ class EngineProcess:
             self._note(message, on_message)
         if self._last_breath is not None:
             self._last_breath.cancel()
-        return self._end(status)
+        return self._said_of(status)
 
-    def _end(self, status: int) -> str:
+    def _said_of(self, status: int) -> str:
         if self.failure is not None:
             self.how = self.failure.message.rstrip(".")
             return self.failure.message
@@ -123,7 +112,7 @@ class EngineProcess:
         """Its start, phase by phase, to the very last: a pipe keeps what a dying process leaves unsent. Given once."""
         told = b""
         with contextlib.suppress(BlockingIOError):
-            while more := os.read(self._progress_fd, 1 << 16):
+            while more := os.read(self._launched.progress_fd, 1 << 16):
                 told += more
         return [
             msgspec.json.decode(line, type=StartupProgress) for line in told.splitlines(keepends=True) if line.endswith(b"\n")
@@ -132,22 +121,39 @@ class EngineProcess:
     def kill(self, why: str = "") -> None:
         """End it now, and whatever it started. why: a clause, `it gave no sign of life for 60 s`."""
         self._why_killed = self._why_killed or why
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session, so its own group
+        self._launched.kill()
 
     async def close(self, grace_s: float) -> None:
         """End it and what it started, kindly for at most `grace_s`, and free the socket."""
-        if grace_s and self._process.returncode is None:
+        if grace_s:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s)
+                await asyncio.wait_for(self._end.wait(), grace_s)
         if self._last_breath is not None:
             self._last_breath.cancel()
         self.kill()
-        await self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        os.close(self._progress_fd)
+        await self._end.wait()
+        self._launched.close()
         self._channel.close()
+
+
+class _End:
+    """The end of a process, awaited by any number of tasks of this event loop; a thread waits for it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._came = asyncio.Event()
+        threading.Thread(target=self._watch, name="brim-engine-end", daemon=True).start()
+
+    def _watch(self) -> None:
+        self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._came.set)
+
+    async def wait(self) -> int:
+        """Its exit status; minus the number of the signal that killed it."""
+        await self._came.wait()
+        return self._process.wait()
 
 
 def _signal_name(number: int) -> str:

@@ -57,7 +57,10 @@ def run_engine_process(build: BuildCore) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which drains first
         signal.signal(number, signal.SIG_IGN)
     stdin = sys.stdin.buffer
-    launch = msgspec.json.decode(stdin.readline(), type=EngineLaunch)
+    line = stdin.readline()
+    if not line:  # launched ahead of a server that then did not start
+        return 1
+    launch = msgspec.json.decode(line, type=EngineLaunch)
     _end_with_parent(launch.parent_pid, stdin)
     channel = ZmqEngineChannel(launch.address, launch.server_key)
     try:

@@ -25,11 +25,11 @@ from brim.config.avoid import DOING, apply_avoided, flag_for, merge, said_of_dea
 from brim.config.avoid_record import write_record
 from brim.config.schema import Avoided, BrimConfig
 from brim.engine.engine_child import EngineProcess
+from brim.engine.launched_process import ENGINE_COMMAND, LaunchedProcess
 from brim.engine.messages import ControlCall, ControlReply, EngineFailed, EngineReady, FromEngine, StartupProgress, ToEngine
 from brim.engine.start_watch import PhaseSoFar, SilenceLimits, StartWatch
 from brim.errors import BrimError, EngineDead, EngineError, MemoryBudgetError, OutOfDeviceMemory
 
-ENGINE_COMMAND = (sys.executable, "-m", "brim.engine_main")
 State = Literal["starting", "ready", "down", "stopped"]
 # What an engine process says of itself before it ends, where a feature may be to blame; "EngineError": an internal error, such as
 # one of a vendor's library that nobody knows. Others (settings, models, memory) are answers, not deaths.
@@ -66,7 +66,9 @@ class Supervisor:
         command: Sequence[str] = ENGINE_COMMAND,
         policy: RestartPolicy | None = None,
         silence: SilenceLimits | None = None,
+        launched: LaunchedProcess | None = None,
     ) -> None:
+        """launched: taken over for the first life; who launched it closes it."""
         self.on_message: Callable[[FromEngine], None] = _ignore
         self.on_down: Callable[[EngineDead], None] = _ignore
         self.state: State = "starting"
@@ -75,6 +77,7 @@ class Supervisor:
         self.num_restarts = 0
         self._config = config
         self._command = tuple(command)
+        self._launched = launched
         self._policy = policy or RestartPolicy()
         self._silence = silence or SilenceLimits()
         self._watch = StartWatch()
@@ -161,7 +164,8 @@ class Supervisor:
         process = None
         self._watch, self._was_heard = StartWatch(), False
         try:
-            process = await EngineProcess.spawn(self._command, apply_avoided(self._config, self._avoided))
+            launched, self._launched = self._launched, None
+            process = await EngineProcess.spawn(self._command, apply_avoided(self._config, self._avoided), launched)
             how = await self._live(process, started)
         except BrimError as error:
             how = str(error)

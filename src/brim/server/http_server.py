@@ -21,8 +21,9 @@ from starlette.types import ASGIApp
 
 from brim.config.schema import BrimConfig, ServerConfig
 from brim.engine.async_engine import AsyncEngine
+from brim.engine.launched_process import ENGINE_COMMAND, LaunchedProcess
 from brim.engine.messages import StartupProgress
-from brim.engine.supervisor import ENGINE_COMMAND, Supervisor
+from brim.engine.supervisor import Supervisor
 from brim.errors import ConfigError
 from brim.front import open_front
 from brim.server.app import create_app
@@ -47,15 +48,16 @@ def run_server(
     on_progress: OnProgress | None = None,
     on_ready: OnReady | None = None,
     command: Sequence[str] = ENGINE_COMMAND,
+    launched: LaunchedProcess | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError for an address that cannot be used, and what start-up raises.
 
     open_front: the model's text side, opened in a thread. on_ready gets what the engine says of itself.
-    command: of the engine process.
+    command: of the engine process. launched: the first one, where it was started ahead; who did closes it.
     """
     listener = listen(config.server)
     with contextlib.closing(listener):
-        asyncio.run(HttpServer(config, open_front, listener, command).run(on_progress, on_ready))
+        asyncio.run(HttpServer(config, open_front, listener, command, launched).run(on_progress, on_ready))
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -96,12 +98,17 @@ class HttpServer:
     """One server on one listener, for one event loop."""
 
     def __init__(
-        self, config: BrimConfig, open_front: OpenFront, listener: socket.socket, command: Sequence[str] = ENGINE_COMMAND
+        self,
+        config: BrimConfig,
+        open_front: OpenFront,
+        listener: socket.socket,
+        command: Sequence[str] = ENGINE_COMMAND,
+        launched: LaunchedProcess | None = None,
     ) -> None:
         self._config = config
         self._open_front = open_front
         self._listener = listener
-        self._supervisor = Supervisor(config, command=command)
+        self._supervisor = Supervisor(config, command=command, launched=launched)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._url = url_of(config.server.host, listener)
