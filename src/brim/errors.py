@@ -16,6 +16,7 @@
      |   +- PromptTooLong       more tokens than the context holds
      +- EngineError             the engine failed
          +- EngineDead          the engine process died; in-flight requests were failed
+         +- RankFailed          another rank failed or is gone; says which, and why
          +- RequestFailed       the step that served this request failed
 
 Owns the exception types and nothing else. Foreign exceptions are mapped to these at the boundary with `raise ... from`.
@@ -112,6 +113,10 @@ class PromptTooLong(RequestError):
 
 class EngineError(BrimError):
     """The engine failed."""
+
+
+class RankFailed(EngineError):
+    """Another rank failed or is gone: this one cannot go on without it. The message names the rank and its reason."""
 
 
 class EngineDead(EngineError):

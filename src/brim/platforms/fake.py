@@ -39,7 +39,7 @@ class FakeDevice:
         """Allocate, or give back where negative. Raises OutOfDeviceMemory or DeviceLost as scripted."""
         if self.lost:
             raise DeviceLost("The fake device was lost.")
-        if num_bytes > self.free_bytes:
+        if num_bytes > max(0, self.free_bytes):  # what is given back always can be
             if self.over_allocation_loses:
                 self.lost = True
                 raise DeviceLost(f"The fake device was lost when {owner} asked for {format_bytes(num_bytes)}.")

@@ -23,10 +23,11 @@ from brim.memory.arena.factory import new_arenas
 from brim.memory.kv_layout import KVLayout
 from brim.memory.ledger import Category
 from brim.memory.plan import MemoryPlan
-from brim.memory.profiling import PhaseScope, Profiler
+from brim.memory.profiling import PhaseRecord, PhaseScope, Profiler
 from brim.memory.step_memory import StepLimits, logit_rows, step_buffers
 from brim.memory.workspace import WorkspacePlan, plan_workspace
 from brim.models.base import Model
+from brim.parallel.ranks import OneRank, Ranks
 from brim.platforms.base import Platform
 from brim.units import MIB, format_bytes
 from brim.worker.compile_choice import CompileChoice, compile_model
@@ -35,6 +36,7 @@ from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
 from brim.worker.precompile import CompileAhead
 from brim.worker.probes import warm_steps, worst_steps
+from brim.worker.rank_agreement import agree_on_blocks, agree_on_graphs
 from brim.worker.runner import ModelRunner
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
@@ -84,6 +86,7 @@ class OpenedDevice:
     profiler: Profiler
     on_progress: Callable[[StartupProgress], None]
     ahead: CompileAhead = field(default_factory=CompileAhead)
+    ranks: Ranks = field(default_factory=OneRank)
 
     @contextmanager
     def phase(self, name: str, text: str, rest: Category, owner: str) -> Iterator[PhaseScope]:
@@ -154,21 +157,16 @@ class CommittedWorker:
 
 @dataclass(frozen=True, slots=True)
 class ReadyWorker:
-    """Proven: the worst steps ran over the committed cache within the cap. peak_bytes is the proof's high-water mark."""
+    """Proven: the worst steps ran over the committed cache within the cap. peak_bytes is the proof's high-water mark.
+
+    capacity_blocks: how far each group may grow while serving: to the cap, where neighbours left less than that at the start.
+    """
 
     committed: CommittedWorker
     plan: MemoryPlan
     held_bytes: int
     peak_bytes: int
-
-    @property
-    def capacity_blocks(self) -> tuple[int, ...]:
-        """How far each group may grow while serving: to the cap, where neighbours left less than that at the start."""
-        heap_bytes = self.warm.reserved.loaded.opened.settings.heap_bytes
-        held_bytes = max(self.peak_bytes, self.held_bytes + heap_bytes) - self.warm.reserved.cache.committed_bytes
-        reachable = self.plan.split.within(self.plan.cap_bytes - held_bytes) or self.plan.kv_blocks
-        most = (min(count, limit) for count, limit in zip(reachable, self.plan.max_blocks, strict=True))
-        return tuple(max(count, now) for count, now in zip(most, self.plan.kv_blocks, strict=True))
+    capacity_blocks: tuple[int, ...]
 
     @property
     def warm(self) -> WarmWorker:
@@ -245,10 +243,12 @@ def capture(measured: MeasuredWorker) -> CapturedWorker:
     def progress(done: str) -> None:
         opened.on_progress(StartupProgress("capture", done))
 
+    def captured(choice: GraphChoice) -> GraphChoice:
+        worker.runner.forget_programs()
+        return capture_what_fits(worker.runner, opened.kernels, opened.platform, choice, opened.settings.plan, progress)
+
     with opened.phase("capture", "capturing graphs", "graphs", "captured steps"):
-        graphs = capture_what_fits(
-            worker.runner, opened.kernels, opened.platform, opened.settings.graphs, opened.settings.plan, progress
-        )
+        graphs = agree_on_graphs(captured(opened.settings.graphs), captured, opened.ranks)
     return CapturedWorker(measured, opened.profiler.records[-1].change.ours_bytes, graphs)
 
 
@@ -261,7 +261,10 @@ def commit(captured: CapturedWorker) -> CommittedWorker:
     opened, cache = measured.warm.reserved.loaded.opened, measured.warm.reserved.cache
     with opened.phase("commit", "committing KV blocks", "context", "page tables and views") as scope:
         before_bytes = cache.committed_bytes
-        plan = _commit_what_is_there(measured, cache, captured.graphs)
+        settled = _commit_what_is_there(measured, cache, captured.graphs)
+        plan = agree_on_blocks(settled, opened.ranks)
+        if plan is not settled:
+            _hold(measured.warm, plan.kv_blocks, captured.graphs)
         scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
     return CommittedWorker(captured, plan)
 
@@ -320,11 +323,29 @@ def prove(committed: CommittedWorker) -> ReadyWorker:
         if over <= 0:
             kept = replace(plan, cap_bytes=max(plan.cap_bytes, needed_bytes))  # only "enough" may move its cap
             opened.platform.set_cap(kept.cap_bytes)
-            return ReadyWorker(committed, kept, held_bytes, record.peak_ours_bytes)
+            return _agreed(committed, kept, needed_bytes - cache.committed_bytes, record)
         plan = plan.settle(plan.ceiling_bytes - cache.committed_bytes + over)
     raise MemoryBudgetError(
         f"The worst steps still pass the cap of {format_bytes(plan.ceiling_bytes)} after {MAX_PROOFS} proofs; raise --memory."
     )
+
+
+def _agreed(committed: CommittedWorker, proven: MemoryPlan, beside_bytes: int, record: PhaseRecord) -> ReadyWorker:
+    """What was proven here and on every other rank. beside_bytes: the most that is needed beside the KV cache."""
+    worker = committed.captured.measured.warm
+    opened, cache, held_bytes = worker.reserved.loaded.opened, worker.reserved.cache, record.after.reading.ours_bytes
+    plan = agree_on_blocks(proven, opened.ranks)
+    if plan is not proven:
+        with opened.phase("prove", "giving back what other ranks do not have", "unattributed", "grown while proving") as scope:
+            before_bytes = cache.committed_bytes
+            _hold(worker, plan.kv_blocks, committed.captured.graphs)
+            scope.add("kv_cache", "KV cache", cache.committed_bytes - before_bytes)
+            held_bytes += cache.committed_bytes - before_bytes
+    reachable = plan.split.within(plan.cap_bytes - beside_bytes) or plan.kv_blocks
+    most = (min(count, limit) for count, limit in zip(reachable, plan.max_blocks, strict=True))
+    capacity = tuple(max(count, now) for count, now in zip(most, plan.kv_blocks, strict=True))
+    capacity = opened.ranks.minimum("how far the KV cache may grow", capacity)
+    return ReadyWorker(committed, plan, held_bytes, record.peak_ours_bytes, capacity)
 
 
 def _hold(worker: WarmWorker, blocks: Sequence[int], graphs: GraphChoice) -> None:

@@ -10,16 +10,17 @@ from brim.config.schema import Avoided, BrimConfig
 from brim.engine.core import EngineCore
 from brim.engine.messages import AddRequest, SequenceOutput
 from brim.engine.sampling_params import SamplingParams
+from brim.engine.step import Executor
 from brim.errors import BrimError
 from brim.platforms.base import Platform
 from brim.platforms.scenario import Scenario
-from brim.platforms.scripted_device import ScriptedDevice
 from brim.worker.device_worker import DeviceWorker
-from brim.worker.scripted_start import device_of, start_scripted
+from brim.worker.rank_group import RankGroup
+from brim.worker.scripted_start import start_scripted
 from brim.worker.scripted_verdict import RunResult, Served, judge_device, judge_end, judge_refusal, judge_served, note_start
 
 _MOST_STEPS = 5000
-CoreOver = Callable[[BrimConfig, Platform, DeviceWorker, ModelSource], EngineCore]
+CoreOver = Callable[[BrimConfig, Platform, DeviceWorker, ModelSource, Executor], EngineCore]
 
 
 def run_scenario(scenario: Scenario, core_over: CoreOver) -> tuple[RunResult, ...]:
@@ -27,7 +28,7 @@ def run_scenario(scenario: Scenario, core_over: CoreOver) -> tuple[RunResult, ..
     results: list[RunResult] = []
     for number in range(scenario.starts):
         known = results[-1].start.avoided if results else ()
-        result = run_once(scenario, core_over, lambda n=number: device_of(scenario, is_first=n == 0), known)  # type: ignore[misc]
+        result = run_once(scenario, core_over, is_first=number == 0, known=known)
         if results and result.start.num_deaths:
             result.wrong.append("it died again of what ended the start before")
         if results and scenario.expect.same_as_before and result.kv_tokens != results[0].kv_tokens:
@@ -36,12 +37,10 @@ def run_scenario(scenario: Scenario, core_over: CoreOver) -> tuple[RunResult, ..
     return tuple(results)
 
 
-def run_once(
-    scenario: Scenario, core_over: CoreOver, make_device: Callable[[], ScriptedDevice], known: tuple[Avoided, ...] = ()
-) -> RunResult:
+def run_once(scenario: Scenario, core_over: CoreOver, *, is_first: bool, known: tuple[Avoided, ...] = ()) -> RunResult:
     """One start of the scenario and what it serves, judged. known: what an earlier start recorded."""
     started = time.perf_counter()
-    start = start_scripted(scenario, make_device, known)
+    start = start_scripted(scenario, is_first=is_first, avoided=known)
     result = RunResult(start, 0.0)
     if start.worker is None:
         judge_refusal(scenario, result)
@@ -49,7 +48,9 @@ def run_once(
         note_start(scenario, result)
         _serve(scenario, result, core_over)
         judge_device(scenario, result)
-        start.worker.close()
+        for one in start.all_ranks:
+            assert one.worker is not None, "all ranks start, or none"
+            one.worker.close()
         judge_end(result)
     result.seconds = time.perf_counter() - started
     return result
@@ -59,7 +60,9 @@ def _serve(scenario: Scenario, result: RunResult, core_over: CoreOver) -> None:
     """All requests at once, step by step; each step is a moment of the script."""
     start, script, served = result.start, scenario.serving, result.served
     assert start.worker is not None and start.platform is not None, "it started"
-    core = core_over(start.config, start.platform, start.worker, start.source)
+    workers = [one.worker for one in start.all_ranks if one.worker is not None]
+    executor = workers[0] if len(workers) == 1 else RankGroup(workers)
+    core = core_over(start.config, start.platform, start.worker, start.source, executor)
     params = SamplingParams(
         temperature=script.temperature,
         top_p=script.top_p,
@@ -68,7 +71,8 @@ def _serve(scenario: Scenario, result: RunResult, core_over: CoreOver) -> None:
         logprobs=script.logprobs,
         prompt_logprobs=script.prompt_logprobs,
     )
-    start.device.enter("serve")
+    for one in start.all_ranks:
+        one.device.enter("serve")
     open_requests = set()
     for number in range(script.requests):
         prompt = [(number * 31 + place) % 1000 for place in range(script.prompt)]
@@ -78,7 +82,8 @@ def _serve(scenario: Scenario, result: RunResult, core_over: CoreOver) -> None:
         while core.has_work and served.num_steps < _MOST_STEPS:
             _note_outputs(core.step(), served, open_requests)
             served.num_steps += 1
-            start.device.next_step()
+            for one in start.all_ranks:
+                one.device.next_step()
     except BrimError as error:
         served.errors.append(f"{type(error).__name__}: {error}")
     served.num_unanswered = len(open_requests)

@@ -4,8 +4,9 @@ the lives of one start; what is served and judged afterwards is `scripted_run`'s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 from brim.config.avoid import apply_avoided, merge
@@ -14,12 +15,14 @@ from brim.config.model_spec import spec_from_hf_config
 from brim.config.resolve import resolve
 from brim.config.schema import Avoided, BrimConfig
 from brim.engine.start_watch import StartWatch
-from brim.errors import BrimError, DeviceError, EngineError
+from brim.errors import BrimError, DeviceError, EngineError, RankFailed
 from brim.formats.model_files import ModelFiles
 from brim.kernels.base import Kernels
 from brim.kernels.scripted import ScriptedKernels
 from brim.models.base import Model
 from brim.models.scripted import ScriptedModel
+from brim.parallel.ranks import OneRank, Ranks
+from brim.parallel.thread_ranks import ThreadMeeting
 from brim.platforms.scenario import Scenario
 from brim.platforms.scripted_device import ScriptedDevice
 from brim.platforms.scripted_platform import ScriptedPlatform, scripted_platform
@@ -32,7 +35,8 @@ _NAME = "scripted"
 
 @dataclass(slots=True)
 class ScriptedStart:
-    """How a start ended: a worker, or the error that a user would see. avoided: what it does without; num_deaths: on the way."""
+    """How a start ended: a worker, or the error that a user would see. avoided: what it does without; num_deaths: on the way;
+    peers: the other ranks' starts."""
 
     config: BrimConfig
     source: ModelSource
@@ -42,9 +46,12 @@ class ScriptedStart:
     error: BrimError | None = None
     avoided: tuple[Avoided, ...] = ()
     num_deaths: int = 0
+    peers: tuple[ScriptedStart, ...] = ()
 
-
-MakeDevice = Callable[[], ScriptedDevice]
+    @property
+    def all_ranks(self) -> tuple[ScriptedStart, ...]:
+        """This one first."""
+        return (self, *self.peers)
 
 
 def config_of(scenario: Scenario) -> BrimConfig:
@@ -65,33 +72,72 @@ def device_of(scenario: Scenario, *, is_first: bool = True) -> ScriptedDevice:
     )
 
 
-def start_scripted(scenario: Scenario, make_device: MakeDevice, avoided: tuple[Avoided, ...] = ()) -> ScriptedStart:
+def start_scripted(scenario: Scenario, *, is_first: bool = True, avoided: tuple[Avoided, ...] = ()) -> ScriptedStart:
     """Start, and after a death start again without the feature under suspicion, as the supervisor does.
 
-    avoided: what an earlier start on this machine recorded."""
+    is_first: no earlier start left caches behind. avoided: what an earlier start on this machine recorded."""
     asked, source = config_of(scenario), source_of(scenario)
     num_deaths = 0
     while True:
-        device, watch = make_device(), StartWatch()
-        found = ScriptedStart(apply_avoided(asked, avoided), source, device, avoided=avoided, num_deaths=num_deaths)
-        try:
-            found.platform = scripted_platform(device)
-            found.worker = _one_life(scenario, found, watch)
-            return found
-        except BrimError as error:
-            found.error = error
-        except Exception as error:  # as the engine process reports what nobody knows
-            found.error = EngineError(f"{type(error).__name__}: {error}")
-            found.error.__cause__ = error
-        died = isinstance(found.error, (DeviceError, EngineError))
-        blamed = watch.blame(type(found.error).__name__) if died else None
+        config = apply_avoided(asked, avoided)
+        lives = [_Life(scenario, rank, config, source, is_first=is_first) for rank in range(scenario.ranks)]
+        _live(lives)
+        found = lives[0].start
+        found.avoided, found.num_deaths, found.peers = avoided, num_deaths, tuple(life.start for life in lives[1:])
+        blamed = next((blamed for life in lives if (blamed := life.blamed) is not None), None)
         if blamed is None or asked.device.strict:
             return found
         avoided = merge(avoided, (blamed,))
         num_deaths += 1
 
 
-def _one_life(scenario: Scenario, found: ScriptedStart, watch: StartWatch) -> DeviceWorker:
+class _Life:
+    """One try of one rank."""
+
+    def __init__(self, scenario: Scenario, rank: int, config: BrimConfig, source: ModelSource, *, is_first: bool) -> None:
+        self._scenario = with_changes(scenario, rank)
+        self._watch = StartWatch()
+        self.start = ScriptedStart(config, source, device_of(self._scenario, is_first=is_first))
+
+    @property
+    def blamed(self) -> Avoided | None:
+        """What to do without after this death; None where it lives, gave an answer, or only followed another rank."""
+        error = self.start.error
+        died = isinstance(error, (DeviceError, EngineError)) and not isinstance(error, RankFailed)
+        return self._watch.blame(type(error).__name__) if died else None
+
+    def live(self, ranks: Ranks) -> None:
+        """To a worker or an error."""
+        found = self.start
+        try:
+            found.platform = scripted_platform(found.device)
+            found.worker = _one_life(self._scenario, found, self._watch, ranks)
+        except BrimError as error:
+            found.error = error
+        except Exception as error:  # as the engine process reports what nobody knows
+            found.error = EngineError(f"{type(error).__name__}: {error}")
+            found.error.__cause__ = error
+        if found.error is not None:
+            ranks.close()
+
+
+def _live(lives: Sequence[_Life]) -> None:
+    """All ranks at once, a thread each."""
+    if len(lives) == 1:
+        lives[0].live(OneRank())
+        return
+    meeting = ThreadMeeting(len(lives))
+    threads = [
+        Thread(target=life.live, args=(ranks,), name=f"rank {ranks.index}")
+        for life, ranks in zip(lives, meeting.ranks, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _one_life(scenario: Scenario, found: ScriptedStart, watch: StartWatch, ranks: Ranks) -> DeviceWorker:
     platform, device = found.platform, found.device
     assert platform is not None, "it was opened"
     if found.config.device.arena == "static":
@@ -118,7 +164,9 @@ def _one_life(scenario: Scenario, found: ScriptedStart, watch: StartWatch) -> De
     def on_progress(progress: Any) -> None:
         device.enter(progress.phase)
 
-    return start_worker(found.config, platform, make_kernels, found.source, watch.noting(on_progress), make_model=make_model)
+    return start_worker(
+        found.config, platform, make_kernels, found.source, watch.noting(on_progress), make_model=make_model, ranks=ranks
+    )
 
 
 def with_changes(scenario: Scenario, rank: int) -> Scenario:

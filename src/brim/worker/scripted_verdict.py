@@ -123,17 +123,24 @@ def tokens_within(split: KVSplit, num_bytes: int) -> int:
 
 def note_start(scenario: Scenario, result: RunResult) -> None:
     """What can be said once the worker is ready."""
-    worker, device, platform = result.start.worker, result.start.device, result.start.platform
+    worker, platform = result.start.worker, result.start.platform
     assert worker is not None and platform is not None, "it started"
     plan = worker.ready.plan
     result.kv_tokens, result.ledger, result.report = plan.kv_tokens, worker.ledger, worker.startup_report()
-    result.optimum_tokens = tokens_within(plan.split, optimum_bytes(scenario, device, plan.budget.reserve_bytes))
+    devices = [one.device for one in result.start.all_ranks]
+    rooms_bytes = [optimum_bytes(scenario, device, plan.budget.reserve_bytes) for device in devices]
+    result.optimum_tokens = tokens_within(plan.split, min(rooms_bytes))
     if plan.budget.decided_by_plan:
         result.optimum_tokens = min(result.optimum_tokens, (plan.split.enough[0] - 1) * plan.split.layout.block_size)
     reading = platform.reading()
     result.untrusted = "" if reading.trusted else reading.reason or "no reason"
-    result.wrong += _wrong_lines(worker.ledger, "the ledger") + _wrong_lines(plan.ledger, "the plan's ledger")
-    result.wrong += _wrong_sum(worker.ledger, platform.capabilities.granularity_bytes)
+    result.wrong += _wrong_lines(plan.ledger, "the plan's ledger")
+    for one in result.start.all_ranks:
+        assert one.worker is not None, "all ranks start, or none"
+        result.wrong += _wrong_lines(one.worker.ledger, "the ledger")
+        result.wrong += _wrong_sum(one.worker.ledger, platform.capabilities.granularity_bytes)
+        if one.worker.committed_blocks != worker.committed_blocks:
+            result.wrong.append(f"ranks differ: {one.worker.committed_blocks} and {worker.committed_blocks} blocks")
     expected = scenario.expect
     if expected.outcome != "starts":
         result.wrong.append(f"it starts, but should refuse with {expected.error}")
@@ -163,7 +170,7 @@ def note_start(scenario: Scenario, result: RunResult) -> None:
 
 def judge_refusal(scenario: Scenario, result: RunResult) -> None:
     """The right error with the right reason, and nothing over the cap on the way."""
-    error, expected, device = result.start.error, scenario.expect, result.start.device
+    error, expected = result.start.error, scenario.expect
     assert error is not None, "it did not start"
     if expected.outcome != "refuses":
         result.wrong.append(f"it does not start: {error}")
@@ -178,8 +185,11 @@ def judge_refusal(scenario: Scenario, result: RunResult) -> None:
             result.wrong.append("the refusal has no ledger")
         else:
             result.wrong += _wrong_lines(result.ledger, "the refusal's ledger")
-    if device.over_cap_bytes:
-        result.wrong.append(f"the cap was passed: {device.log}")
+    for one in result.start.all_ranks:
+        if one.device.over_cap_bytes:
+            result.wrong.append(f"the cap was passed: {one.device.log}")
+        if one.error is None:
+            result.wrong.append("a rank goes on alone")
 
 
 def _ledger_of(error: BrimError) -> Ledger | None:
@@ -218,16 +228,17 @@ def judge_served(scenario: Scenario, result: RunResult) -> None:
 
 def judge_device(scenario: Scenario, result: RunResult) -> None:
     """By the truth."""
-    device, allowed = result.start.device, scenario.expect.over_cap_steps
-    if device.over_cap_bytes and (not allowed or device.over_cap_steps > allowed or device.was_over_before_serving):
-        result.wrong.append(f"the cap was passed for {device.over_cap_steps} steps: {device.log}")
-    if device.lost:
-        result.wrong.append("the device was lost")
+    allowed = scenario.expect.over_cap_steps
+    for device in [one.device for one in result.start.all_ranks]:
+        if device.over_cap_bytes and (not allowed or device.over_cap_steps > allowed or device.was_over_before_serving):
+            result.wrong.append(f"the cap was passed for {device.over_cap_steps} steps: {device.log}")
+        if device.lost:
+            result.wrong.append("the device was lost")
 
 
 def judge_end(result: RunResult) -> None:
     """Nothing of the cache is left."""
-    device = result.start.device
-    left_bytes = device.ours.get(ARENA, 0)
-    if left_bytes or device.live_bytes < 0:
-        result.wrong.append(f"{format_bytes(left_bytes)} of the cache were not given back")
+    for device in [one.device for one in result.start.all_ranks]:
+        left_bytes = device.ours.get(ARENA, 0)
+        if left_bytes or device.live_bytes < 0:
+            result.wrong.append(f"{format_bytes(left_bytes)} of the cache were not given back")

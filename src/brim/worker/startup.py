@@ -30,6 +30,7 @@ from brim.memory.step_memory import StepLimits, logit_rows, rotary_table_bytes, 
 from brim.memory.workspace import plan_workspace
 from brim.models.base import Model
 from brim.models.loader import CHUNK_BYTES, fill_dummy, load_weights
+from brim.parallel.ranks import OneRank, Ranks
 from brim.platforms.base import Platform, PlatformDefaults
 from brim.platforms.profile import StartCosts
 from brim.units import MIB, ceil_div
@@ -49,6 +50,7 @@ from brim.worker.phases import (
     warm,
 )
 from brim.worker.precompile import compile_ahead
+from brim.worker.rank_agreement import agree_on_arena, agree_on_settings
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import exact_sizes, predicted_graph_bytes, rounded_sizes
@@ -70,13 +72,38 @@ def start_worker(
     on_progress: Callable[[StartupProgress], None],
     compile_backend: Backend = "inductor",
     make_model: MakeModel | None = None,
+    ranks: Ranks | None = None,
 ) -> DeviceWorker:
     """Plan, then open -> load -> reserve -> warm -> measure -> capture -> commit -> prove.
 
     make_kernels takes the most sequences of a step. compile_backend: what torch.compile is to use where --compile is given.
-    make_model: gives the loaded model instead of reading `source` (scripted devices).
-    Raises MemoryBudgetError with ledger and nearest settings before anything large is read, where the plan does not fit.
+    make_model: gives the loaded model instead of reading `source` (scripted devices). ranks: the peers that start beside it.
+    Raises MemoryBudgetError with ledger and nearest settings before anything large is read, where the plan does not fit;
+    RankFailed where a peer fails, and peers learn what is raised here.
     """
+    ranks, phase = ranks or OneRank(), ["open"]
+
+    def noted(progress: StartupProgress) -> None:
+        phase[0] = progress.phase
+        on_progress(progress)
+
+    try:
+        return _start(config, platform, make_kernels, source, noted, compile_backend, make_model, ranks)
+    except BaseException as error:
+        ranks.fail(f"the phase {phase[0]}", error)
+        raise
+
+
+def _start(
+    config: BrimConfig,
+    platform: Platform,
+    make_kernels: Callable[[int], Kernels],
+    source: ModelSource,
+    on_progress: Callable[[StartupProgress], None],
+    compile_backend: Backend,
+    make_model: MakeModel | None,
+    ranks: Ranks,
+) -> DeviceWorker:
     profiler = Profiler(platform)
     before_bytes, model_device = platform.reading().ours_bytes, platform.torch_device()
     on_progress(StartupProgress("open", "reading the device"))
@@ -84,11 +111,13 @@ def start_worker(
         compiling = choose_compile(config.device, model_device, compile_backend)
         kernels = compiling.kernels(make_kernels(_step_sizes(config, platform.default_limits())[0]), model_device)
         kernels.start_libraries()
-        settings = replace(plan_start(config, platform, kernels, source), compiling=compiling)
+        agree_on_arena(platform, ranks)
+        settings = agree_on_settings(config, lambda one: plan_start(one, platform, kernels, source), ranks)
+        settings = replace(settings, compiling=compiling)
         platform.set_cap(settings.plan.ceiling_bytes)
     on_progress(StartupProgress("open", "the plan is made", uses=_uses(platform, kernels, settings)))
     ahead = compile_ahead(kernels, source.spec, settings.limits, settings.layout, settings.dtype)
-    opened = OpenedDevice(platform, kernels, settings, profiler, on_progress, ahead)
+    opened = OpenedDevice(platform, kernels, settings, profiler, on_progress, ahead, ranks)
 
     def load_model() -> Model:
         if make_model is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from brim.errors import MemoryBudgetError
 from brim.platforms.scenario import scenario_of
-from brim.worker.scripted_start import ScriptedStart, device_of, start_scripted
+from brim.worker.scripted_start import ScriptedStart, start_scripted
 
 
 def start(graph_bytes: str, **settings: Any) -> ScriptedStart:
@@ -23,7 +23,7 @@ def start(graph_bytes: str, **settings: Any) -> ScriptedStart:
         "consumers": [{"name": "graphs", "on": "graph", "times": "each", "bytes": graph_bytes}],
     }
     scenario = scenario_of(document, "test")
-    return start_scripted(scenario, lambda: device_of(scenario))
+    return start_scripted(scenario)
 
 
 def mode_of(found: ScriptedStart) -> tuple[str, str]:
