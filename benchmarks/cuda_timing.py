@@ -81,23 +81,25 @@ class PagedCase:
     scale: float
 
 
-def paged_case(shape: ModelShape, query_lens: list[int], seq_lens: list[int], layers: int = 32) -> PagedCase:
-    """bfloat16, random values; together the layers should exceed the cache."""
+def paged_case(
+    shape: ModelShape, query_lens: list[int], seq_lens: list[int], layers: int = 32, device: str = "cuda"
+) -> PagedCase:
+    """bfloat16, random values; together the layers should exceed the cache. On "meta" nothing is held."""
     per_seq = [-(-n // BLOCK_SIZE) for n in seq_lens]
     total = sum(per_seq)
     size = (total, layers, 2, BLOCK_SIZE, shape.kv_heads, shape.head_dim)
-    pool = torch.empty(size, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1)
-    order = torch.randperm(total, device="cuda", dtype=torch.int32)
-    tables = torch.zeros(len(seq_lens), max(per_seq), dtype=torch.int32, device="cuda")
+    pool = torch.empty(size, dtype=torch.bfloat16, device=device).uniform_(-1, 1)
+    order = torch.randperm(total, dtype=torch.int32).to(device)
+    tables = torch.zeros(len(seq_lens), max(per_seq), dtype=torch.int32, device=device)
     used = 0
     for seq, blocks in enumerate(per_seq):
         tables[seq, :blocks] = order[used : used + blocks]
         used += blocks
-    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
-    slots = torch.arange(sum(query_lens), device="cuda")
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    slots = torch.arange(sum(query_lens), device=device)
     batch = AttentionBatch(tables, slots, starts, lens, len(seq_lens), max(query_lens), max(seq_lens), BLOCK_SIZE, 0)
-    q = torch.randn(sum(query_lens), shape.heads * shape.head_dim, device="cuda").bfloat16()
+    q = torch.randn(sum(query_lens), shape.heads * shape.head_dim, device=device).bfloat16()
     return PagedCase([pool[:, i] for i in range(layers)], batch, q, torch.empty_like(q), shape.head_dim**-0.5)
 
 

@@ -50,6 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "model_type": "llama"},
     "qwen3": {**COMMON, "model_type": "qwen3", "num_attention_heads": 6, "vocab_size": 4096},
     "qwen2": {**COMMON, "model_type": "qwen2", "num_attention_heads": 2, "torch_dtype": "float32"},
+    "wide heads": {**COMMON, "model_type": "llama", "head_dim": 128, "num_attention_heads": 4},
     "gemma3": {
         **COMMON, "model_type": "gemma3_text", "sliding_window": 32, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16,
         "num_key_value_heads": 1,
@@ -60,7 +61,7 @@ LENGTH, SEQS, TOKENS = 200, 20, 160
 MOST = {"prefill_attention_kernel": 3, "rope_and_cache_kernel": 2, "pick_kernel": 2, "count_ids_kernel": 2, "matmul_kernel": 2,
         "gather_kernel": 2, "skinny_product_kernel": 15, "vector_product_kernel": 5}  # fmt: skip
 CHOICES = (CHOSEN, KernelChoice(dependent_launch=True), KernelChoice(dependent_launch=True, fused_rows=16),
-           KernelChoice(fused_rows=64))  # fmt: skip
+           KernelChoice(fused_rows=64, hopper_prefill=True))  # fmt: skip
 
 
 def kernel_limits(spec: ModelSpec, num_seqs: int) -> KernelLimits:
@@ -192,7 +193,7 @@ def check_shapes(
     """Padded and captured shapes too: any (T, S, bound on the queries) that limits allow needs what was rehearsed."""
     spec = spec_from_hf_config(CONFIGS[family])
     limits = StepLimits(seqs, seqs + more_tokens, length)
-    chip = Chip(132, wide, dependent_launch=True)
+    chip = Chip(132, wide, dependent_launch=True, hopper=True)
     dtype = torch.bfloat16
     rehearsal, _ = rehearsed(spec, limits, dtype, chip, choice)
     layout = KVLayout.of(spec, 16, dtype.itemsize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,6 +19,16 @@ from brim.units import ceil_div
 _COMBINE_ELEMENTS = 8192  # float32 values a program holds while it puts parts together
 
 
+class PrefillLauncher(Protocol):
+    """Another kernel for sequences with several new tokens, see `hopper_launch`."""
+
+    def suits(self, q: Tensor, cache: Tensor, batch: AttentionBatch) -> bool:
+        """Whether it is written for this."""
+
+    def launch(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, out: Tensor, *, least_queries: int) -> None:
+        """Every sequence of at least so many new tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionLauncher:
     """Attention over one set of scratch buffers. The launches follow from bounds in the batch, never from its lengths."""
@@ -26,6 +37,7 @@ class AttentionLauncher:
     scratch: Scratch
     num_parts: int
     start: Launch = launch_now
+    prefill: PrefillLauncher | None = None  # taken where it suits
 
     def launch(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
         """Decode attention where a sequence may have one new token, prefill attention where one may have more."""
@@ -38,6 +50,9 @@ class AttentionLauncher:
             tile = decode_tile(head_dim, group, size)
             self.launch_decode(q, cache, batch, scale, softcap, out, tile, self.num_parts)
         if batch.max_query_len > 1:
+            if self.prefill is not None and softcap == 0 and self.prefill.suits(q, cache, batch):
+                self.prefill.launch(q, cache, batch, scale, out, least_queries=2 if decodes else 0)
+                return
             tile = prefill_tile(head_dim, group, size, batch.max_query_len)
             self.launch_prefill(q, cache, batch, scale, softcap, out, tile, skip_decodes=decodes)
 

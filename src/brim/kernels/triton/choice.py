@@ -12,10 +12,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
     """dependent_launch: kernels start before the ones ahead of them end, on devices that can (`dependent`). fused_rows: steps of
-    at most so many tokens take our own products with norm, activation and residual folded in (`skinny`); 0: none."""
+    at most so many tokens take our own products with norm, activation and residual folded in (`skinny`); 0: none.
+    hopper_prefill: prompts take `hopper_attention` on the chip that it is written for."""
 
     dependent_launch: bool = False
     fused_rows: int = 0
+    hopper_prefill: bool = False
 
 
 CHOSEN = KernelChoice()

@@ -20,7 +20,7 @@ from brim.errors import DeviceError
 from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
-from brim.kernels.triton.attention import AttentionLauncher
+from brim.kernels.triton.attention import AttentionLauncher, PrefillLauncher
 from brim.kernels.triton.cache_folder import replace_unwritable_cache
 from brim.kernels.triton.choice import CHOSEN, KernelChoice
 from brim.kernels.triton.launch import Launch, depending, launch_now
@@ -53,11 +53,12 @@ _INTERPRETER_CORES = 2
 @dataclass(frozen=True, slots=True)
 class Chip:
     """What of a device enters the choice of kernels. wide_products: its matrix library writes float32 of 16-bit matrices.
-    dependent_launch: a kernel can start before the one ahead of it ends."""
+    dependent_launch: a kernel can start before the one ahead of it ends. hopper: has that chip's matrix instructions."""
 
     num_cores: int
     wide_products: bool
     dependent_launch: bool = False
+    hopper: bool = False
 
 
 class TritonKernels(Kernels):
@@ -93,7 +94,8 @@ class TritonKernels(Kernels):
         self._launch = launch
         self._products = ProductLauncher(launch)
         self._scratch = Scratch(limits, self.chip.num_cores, self.device)
-        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch)
+        prefill = _hopper_launcher(launch, limits) if choice.hopper_prefill and self.chip.hopper else None
+        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch, prefill)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
     def start_libraries(self) -> None:
@@ -337,10 +339,18 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
 
+def _hopper_launcher(launch: Launch, limits: KernelLimits) -> PrefillLauncher:
+    # optional part: imported only where it is chosen
+    from brim.kernels.triton.hopper_launch import HopperLauncher
+
+    return HopperLauncher(launch, next_power_of_2(limits.max_num_seqs))
+
+
 def chip_of(device: torch.device) -> Chip:
     """Asked of the device itself."""
-    dependent = device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Chip(core_count(device), _has_wide_products(device), dependent)
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+    return Chip(core_count(device), _has_wide_products(device), capability >= (9, 0), capability == (9, 0))
 
 
 def core_count(device: torch.device) -> int:

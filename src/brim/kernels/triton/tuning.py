@@ -56,6 +56,7 @@ def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: i
 
 
 PREFILL_TILE = AttentionTile(128, 64, 8, 3)
+HOPPER_TILE = AttentionTile(128, 128, 4, 2)  # of `hopper_attention`: warps of each of its two groups
 
 
 def norm_warps(width: int) -> int:

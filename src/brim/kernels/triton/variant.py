@@ -24,8 +24,10 @@ from triton.runtime.jit import create_function_from_signature
 
 # Modules and classes that build the host's side of a launch, by Triton's name of the target.
 _LAUNCHERS = {"cuda": ("triton.backends.nvidia.driver", "CudaLauncher"), "hip": ("triton.backends.amd.driver", "HIPLauncher")}
+_GLUON = "triton.experimental.gluon._runtime"  # imported only for kernels written in it
 # Kernels that take longest to compile, longest first; the others are much alike.
 _SLOW = (
+    "hopper_attention_kernel",
     "prefill_attention_kernel",
     "decode_attention_kernel",
     "threshold_kernel",
@@ -72,7 +74,8 @@ class Variant:
         kernel = getattr(importlib.import_module(stored["module"]), stored["kernel"])
         constants = {tuple(path): value for path, value in stored["constants"]}
         attributes = {tuple(path): value for path, value in stored["attributes"]}
-        source = ASTSource(kernel, stored["signature"], constants, attributes)
+        source_of = importlib.import_module(_GLUON).GluonASTSource if kernel.is_gluon() else ASTSource
+        source = source_of(kernel, stored["signature"], constants, attributes)
         return source, make_backend(target).parse_options(stored["options"])
 
 
