@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from brim.kernels.base import AttentionBatch
+from brim.kernels.dequantize import BLOCK_TYPES, row_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -75,3 +77,17 @@ def attention_case(
         window=window,
     )
     return cache, batch
+
+
+def random_blocks(ggml_type: int, rows: int, cols: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Random bytes, with the scales kept finite: every bit pattern of the values occurs."""
+    name = BLOCK_TYPES[ggml_type].name
+    if name in ("F32", "F16", "BF16"):
+        values = torch.randn(rows, cols).to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name])
+        return values.view(torch.uint8).numpy().reshape(rows, -1)
+    raw = np.random.default_rng(0).integers(0, 256, (rows, row_bytes(ggml_type, cols)), dtype=np.uint8)
+    blocks = raw.reshape(-1, BLOCK_TYPES[ggml_type].block_bytes)
+    halves = [208] if name == "Q6_K" else [0, 2] if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]
+    for first in halves:
+        blocks[:, first + 1] = blocks[:, first + 1] & 0x83 | 0x20  # exponents near one
+    return raw

@@ -11,25 +11,13 @@ from brim.errors import UnsupportedModel
 from brim.kernels.cpu.kernels import CpuKernels
 from brim.kernels.dequantize import BLOCK_TYPES, dequantize, row_bytes
 
-
-def _blocks(ggml_type: int, rows: int, cols: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Random bytes, with the scales kept finite: every bit pattern of the values occurs."""
-    name = BLOCK_TYPES[ggml_type].name
-    if name in ("F32", "F16", "BF16"):
-        values = torch.randn(rows, cols).to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name])
-        return values.view(torch.uint8).numpy().reshape(rows, -1)
-    raw = np.random.default_rng(0).integers(0, 256, (rows, row_bytes(ggml_type, cols)), dtype=np.uint8)
-    blocks = raw.reshape(-1, BLOCK_TYPES[ggml_type].block_bytes)
-    halves = [208] if name == "Q6_K" else [0, 2] if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]
-    for first in halves:
-        blocks[:, first + 1] = blocks[:, first + 1] & 0x83 | 0x20  # exponents near one
-    return raw
+from .helpers import random_blocks
 
 
 @pytest.mark.parametrize("ggml_type", BLOCK_TYPES, ids=[block.name for block in BLOCK_TYPES.values()])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 256), (70, 512), (300, 1280)])
 def test_same_bits_as_gguf(kernels: CpuKernels, ggml_type: int, rows: int, cols: int) -> None:
-    raw = _blocks(ggml_type, rows, cols)
+    raw = random_blocks(ggml_type, rows, cols)
     quant = gguf.GGMLQuantizationType(ggml_type)
     stored = {"F32": np.float32, "F16": np.float16}.get(BLOCK_TYPES[ggml_type].name)
     source = raw.view(stored) if stored else raw

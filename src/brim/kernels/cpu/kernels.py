@@ -165,9 +165,8 @@ class CpuKernels(Kernels):
         rounded = scale if scale == 1.0 else torch.tensor(scale, dtype=out.dtype).item()
         pointers = ids.data_ptr(), weight.data_ptr, out.data_ptr()
         sizes = ids.shape[0], weight.out_features, weight.in_features, out.stride(0)
-        blocks = isinstance(weight, BlockWeight)
-        code, stored = (_QUANTIZED_EMBED, weight.block_type) if blocks else (_EMBED, _DTYPE[weight.dtype])
-        op = _pack_embed(code, stored, _DTYPE[out.dtype], int(scale != 1.0), *pointers, *sizes, rounded)
+        code, kind = (_QUANTIZED_EMBED, weight.block_type) if isinstance(weight, BlockWeight) else (_EMBED, _DTYPE[weight.dtype])
+        op = _pack_embed(code, kind, _DTYPE[out.dtype], int(scale != 1.0), *pointers, *sizes, rounded)
         self._do(op, ids, weight.storage, out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:

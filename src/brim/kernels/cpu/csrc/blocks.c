@@ -109,89 +109,129 @@ INLINE v16u load_words(const char *p) {
     return v;
 }
 
-/* Elements of one sub-block of 16 lanes; bits and extra are constants at every call. */
-INLINE void read_words(int extra, const char *p, int64_t line, uint32_t *out, int64_t step) {
-    v16u high[2];
-    for (int i = 0; i < extra; i++, p += line) high[i] = load_words(p);
-    for (int q = 0; q < 8; q++) {
-        v16u word = load_words(p + q % 4 * line);
-        v16u v = (q < 4 ? word : word >> 4) & (uint32_t)LOW;
-        if (extra == 1) v |= (q <= 4 ? high[0] << (4 - q) : high[0] >> (q - 4)) & 0x10101010u;
-        if (extra == 2) v |= (q % 4 <= 2 ? high[q / 4] << (4 - 2 * (q % 4)) : high[q / 4] >> 2) & 0x30303030u;
-        memcpy(out + q * step, &v, 64);
+/* Elements of one sub-block: groups of 16 lanes whose words lie `line` bytes apart, into lines of groups * 16 words.
+ * extra and groups are constants at every call. */
+INLINE void read_words(int extra, int64_t groups, const char *p, int64_t line, uint32_t *restrict out) {
+    const char *words = p + extra * line;
+    for (int64_t g = 0; g < groups; g++) {
+        v16u low[4], high[2];
+        for (int i = 0; i < 4; i++) low[i] = load_words(words + i * line + g * 64);
+        for (int i = 0; i < extra; i++) high[i] = load_words(p + i * line + g * 64);
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) {
+            v16u v = (q < 4 ? low[q % 4] : low[q % 4] >> 4) & (uint32_t)LOW;
+            if (extra == 1) v |= (q <= 4 ? high[0] << (4 - q) : high[0] >> (q - 4)) & 0x10101010u;
+            if (extra == 2) v |= (q % 4 <= 2 ? high[q / 4] << (4 - 2 * (q % 4)) : high[q / 4] >> 2) & 0x30303030u;
+            memcpy(out + (q * groups + g) * 16, &v, 64);
+        }
     }
 }
 
-static void read_elements(const brim_form *form, const char *p, int64_t line, int64_t groups, uint32_t *out) {
-    for (int64_t g = 0; g < groups; g++, p += 64, out += 16) {
-        if (form->extra == 0)
-            read_words(0, p, line, out, groups * 16);
-        else if (form->extra == 1)
-            read_words(1, p, line, out, groups * 16);
-        else
-            read_words(2, p, line, out, groups * 16);
-    }
-}
-
-INLINE v16i bytes_at(const char *p, int sign) {
+INLINE v16f bytes_at(const char *p, int sign) {
 #ifdef __AVX512F__
     __m128i bytes = _mm_loadu_si128((const __m128i *)p);
-    return (v16i)(sign ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+    return (v16f)_mm512_cvtepi32_ps(sign ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #else
-    v16i v;
+    v16f v;
     for (int i = 0; i < 16; i++) v[i] = sign ? (int8_t)p[i] : (uint8_t)p[i];
     return v;
 #endif
 }
 
-/* Scales and leasts of one sub-block of 16 lanes, rounded as dequantising rounds them. */
-static void read_scales(
-    const brim_form *form, const char *block, int64_t width, int64_t lane, int sub, float *scale, int64_t half, float *least) {
-    v16f d = load_f16((const uint16_t *)(block + 2 * lane));
-    const char *second = block + 2 * width + 2 * lane;
-    if (form->scales == SCALE_F16) {
-        storef(scale, d);
-    } else if (form->scales == SCALE_LEAST) {
-        storef(scale, d);
-        storef(least, load_f16((const uint16_t *)second));
-    } else if (form->scales == SCALE_HALVES) {
-        const char *s = block + 2 * width + lane;
-        storef(scale, d * __builtin_convertvector(bytes_at(s + 2 * sub * width, 1), v16f));
-        storef(scale + half, d * __builtin_convertvector(bytes_at(s + (2 * sub + 1) * width, 1), v16f));
+/* Six bits of scale and of least of sub-block `sub` for 16 lanes. The first four lie in the low bits of bytes 0..3 and 4..7,
+ * the others in the halves of bytes 8..11 and the top bits of those before. */
+INLINE void read_nested(const char *p, int64_t line, int64_t sub, char out[2][16]) {
+    v16b scale, least, rest;
+    memcpy(&scale, p + (sub & 3) * line, 16);
+    memcpy(&least, p + ((sub & 3) + 4) * line, 16);
+    if (sub < 4) {
+        scale &= 63;
+        least &= 63;
     } else {
-        const char *s = block + 4 * width + lane;
-        v16i low = bytes_at(s + sub % 4 * width, 0), high = bytes_at(s + (sub % 4 + 4) * width, 0), sc = low & 63, mn = high & 63;
-        if (sub >= 4) {
-            v16i rest = bytes_at(s + (sub + 4) * width, 0);
-            sc = (rest & 15) | (low >> 6) << 4;
-            mn = rest >> 4 | (high >> 6) << 4;
+        memcpy(&rest, p + (sub + 4) * line, 16);
+        scale = (rest & 15) | (scale >> 6) << 4;
+        least = rest >> 4 | (least >> 6) << 4;
+    }
+    memcpy(out[0], &scale, 16);
+    memcpy(out[1], &least, 16);
+}
+
+typedef struct {
+    const char *block; /* the first block of the slice */
+    int64_t width, group, first, subs; /* sub-blocks first .. first + subs, counted from that block */
+} place;
+
+/* Scales and leasts as floats, rounded as dequantising rounds them; `scales` and groups are constants at every call. */
+INLINE void read_scales(const brim_form *form, const place *at, int scales, int64_t groups, brim_slice_room *room) {
+    int64_t lanes = groups * 16, width = at->width, lane = at->group * 16;
+    const char *block = at->block;
+    float *scale = room->scale, *least = room->least;
+    for (int64_t i = 0, sub = at->first; i < at->subs; i++, scale += lanes, least += lanes) {
+        for (int64_t g = 0; g < groups; g++) {
+            const char *bytes = block + lane + g * 16;
+            v16f d = load_f16((const uint16_t *)(block + 2 * lane) + g * 16), second = d;
+            if (scales == SCALE_LEAST || scales == SCALE_NESTED)
+                second = load_f16((const uint16_t *)(block + 2 * (width + lane)) + g * 16);
+            if (scales == SCALE_F16) {
+                storef(scale + g * 16, d);
+            } else if (scales == SCALE_LEAST) {
+                storef(scale + g * 16, d);
+                storef(least + g * 16, second);
+            } else if (scales == SCALE_HALVES) {
+                storef(scale + g * 16, d * bytes_at(bytes + (2 + 2 * sub) * width, 1));
+                storef(scale + g * 16 + lanes, d * bytes_at(bytes + (3 + 2 * sub) * width, 1));
+            } else {
+                char nested[2][16];
+                read_nested(bytes + 4 * width, width, sub, nested);
+                storef(scale + g * 16, d * bytes_at(nested[0], 0));
+                storef(least + g * 16, -(second * bytes_at(nested[1], 0)));
+            }
         }
-        storef(scale, d * __builtin_convertvector(sc, v16f));
-        storef(least, -(load_f16((const uint16_t *)second) * __builtin_convertvector(mn, v16f)));
+        if (scales == SCALE_HALVES) scale += lanes;
+        if (++sub == form->subs) sub = 0, block += form->bytes * width;
+    }
+}
+
+/* All but the elements of 8 bits, which stay where they are. groups is a constant at every call. */
+INLINE void read_all(const brim_form *form, const place *at, int64_t groups, brim_slice_room *room) {
+    int64_t line = at->width * 4, sub_bytes = sub_bytes_of(form) * at->width, header = form->header * at->width;
+    if (form->scales == SCALE_F16)
+        read_scales(form, at, SCALE_F16, groups, room);
+    else if (form->scales == SCALE_LEAST)
+        read_scales(form, at, SCALE_LEAST, groups, room);
+    else if (form->scales == SCALE_NESTED)
+        read_scales(form, at, SCALE_NESTED, groups, room);
+    else
+        read_scales(form, at, SCALE_HALVES, groups, room);
+    if (form->bits == 8) return;
+    const char *p = at->block + header + at->first * sub_bytes + at->group * 64;
+    uint32_t *out = room->words;
+    for (int64_t i = 0, sub = at->first; i < at->subs; i++, p += sub_bytes, out += 128 * groups) {
+        if (form->extra == 0)
+            read_words(0, groups, p, line, out);
+        else if (form->extra == 1)
+            read_words(1, groups, p, line, out);
+        else
+            read_words(2, groups, p, line, out);
+        if (++sub == form->subs) sub = 0, p += header;
     }
 }
 
 brim_slice brim_read_slice(
     const brim_form *form, const char *panel, int64_t width, int64_t group, int64_t groups, int64_t sub, int64_t subs,
     brim_slice_room *room) {
-    int64_t lanes = groups * 16, sub_bytes = sub_bytes_of(form) * width, per_sub = form->scales == SCALE_HALVES ? 2 : 1;
-    brim_slice chunk = {(const char *)room->words, 32 * lanes, 4 * lanes, room->scale, NULL};
-    if (form->scales == SCALE_LEAST || form->scales == SCALE_NESTED) chunk.least = room->least;
-    for (int64_t i = 0; i < subs; i++) {
-        const char *block = panel + (sub + i) / form->subs * form->bytes * width;
-        int in_block = (int)((sub + i) % form->subs);
-        for (int64_t g = 0; g < groups; g++)
-            read_scales(
-                form, block, width, (group + g) * 16, in_block, room->scale + i * per_sub * lanes + g * 16, lanes,
-                room->least + i * lanes + g * 16);
-        const char *elements = block + form->header * width + in_block * sub_bytes + group * 64;
-        if (form->bits == 4) {
-            read_elements(form, elements, width * 4, groups, room->words + i * 8 * lanes);
-        } else if (i == 0) { /* bytes as they are, where they are */
-            chunk.w = elements;
-            chunk.sub_stride = form->bytes * width;
-            chunk.quad_stride = 4 * width;
-        }
+    int64_t block_bytes = form->bytes * width, lanes = groups * 16;
+    place at = {panel + sub / form->subs * block_bytes, width, group, sub % form->subs, subs};
+    brim_slice slice = {(const char *)room->words, 32 * lanes, 4 * lanes, room->scale, NULL};
+    if (form->scales == SCALE_LEAST || form->scales == SCALE_NESTED) slice.least = room->least;
+    if (form->bits == 8) {
+        slice.w = at.block + form->header * width + group * 64;
+        slice.sub_stride = block_bytes;
+        slice.quad_stride = 4 * width;
     }
-    return chunk;
+    if (groups == 4)
+        read_all(form, &at, 4, room);
+    else
+        read_all(form, &at, groups, room);
+    return slice;
 }

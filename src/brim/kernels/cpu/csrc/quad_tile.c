@@ -57,27 +57,23 @@ INLINE v16i dot_quad(v16i acc, v16u w, uint32_t x) {
 #endif
 }
 
-/* Touches `stride` bytes, at most five lines of them. */
-INLINE void fetch(const char *ahead, int64_t stride) {
-    if (!ahead) return;
-    for (int i = 0; i < 3; i++) __builtin_prefetch(ahead + i * 64, 0, 2);
-    if (stride > 192)
-        for (int i = 3; i < 5; i++) __builtin_prefetch(ahead + i * 64, 0, 2);
-}
-
-/* One sub-block, or a half of one (quads 4), into the float sums. Rows, groups and quads are constants at every call. */
-INLINE void part(const brim_row_sub *x, int64_t ldx, const char *w, int rows, int groups, int quad, int quads, const float *scale,
-                 const char *ahead, int64_t stride, v16f sum[QUAD_ROWS][4]) {
+/* One sub-block, or a half of one (quads 4), into the float sums. rows, groups, quads and lines (of `ahead` to touch per quad)
+ * are constants at every call. */
+INLINE void part(const brim_row_sub *x, int64_t ldx, const char *w, int64_t line, int rows, int groups, int quad, int quads, const float *scale,
+                 const char *ahead, int64_t stride, int lines, v16f sum[QUAD_ROWS][4]) {
     v16i acc[QUAD_ROWS][4];
     for (int r = 0; r < rows; r++) {
         const int32_t *start = x[r * ldx].start;
         v16i first = splati(quads == 8 ? start[0] + start[1] : start[quad / 4]);
         for (int g = 0; g < groups; g++) acc[r][g] = first;
     }
+#ifdef __AVX2__
+#pragma GCC unroll 8
+#endif
     for (int q = quad; q < quad + quads; q++) {
         v16u words[4];
-        fetch(ahead ? ahead + q * stride : NULL, stride);
-        for (int g = 0; g < groups; g++) memcpy(&words[g], w + (q * groups + g) * 64, 64);
+        for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + q * stride + i * 64, 0, 2);
+        for (int g = 0; g < groups; g++) memcpy(&words[g], w + q * line + g * 64, 64);
         for (int r = 0; r < rows; r++) {
             uint32_t four = quad_of(&x[r * ldx], q);
             for (int g = 0; g < groups; g++) acc[r][g] = dot_quad(acc[r][g], words[g], four);
@@ -97,24 +93,24 @@ INLINE void add_leasts(const brim_row_sub *x, int64_t ldx, int rows, int groups,
         for (int r = 0; r < rows; r++) sum[r][g] = FMA16(loadf(least + g * 16), splat(x[r * ldx].weight), sum[r][g]);
 }
 
-INLINE void run_quads(const brim_quad_tile *t, int scales, int rows, int groups) {
+INLINE void sweep(const brim_quad_tile *t, int scales, int rows, int groups, int lines) {
     v16f sum[QUAD_ROWS][4];
     const brim_row_sub *x = t->x;
     const char *ahead = t->prefetch, *w = t->slice.w;
     const float *scale = t->slice.scale, *least = t->slice.least;
-    int64_t ldx = t->ldx, stride = t->stride, lanes = groups * 16;
+    int64_t ldx = t->ldx, stride = t->stride, lanes = groups == 4 ? 64 : t->lanes, line = groups == 4 ? 256 : t->slice.quad_stride;
     for (int r = 0; r < rows; r++)
         for (int g = 0; g < groups; g++) sum[r][g] = t->fresh ? splat(0.0f) : loadf(t->acc + r * PANEL + g * 16);
     for (int64_t s = 0; s < t->subs; s++, x++, w += t->slice.sub_stride) {
         if (scales == SCALE_HALVES) {
-            part(x, ldx, w, rows, groups, 0, 4, scale, ahead, stride, sum);
-            part(x, ldx, w, rows, groups, 4, 4, scale + lanes, ahead, stride, sum);
+            part(x, ldx, w, line, rows, groups, 0, 4, scale, ahead, stride, lines, sum);
+            part(x, ldx, w, line, rows, groups, 4, 4, scale + lanes, ahead, stride, lines, sum);
             scale += lanes;
         } else {
-            part(x, ldx, w, rows, groups, 0, 8, scale, ahead, stride, sum);
+            part(x, ldx, w, line, rows, groups, 0, 8, scale, ahead, stride, lines, sum);
         }
         scale += lanes;
-        if (ahead) ahead += 8 * stride;
+        ahead += lines ? 8 * stride : 0;
         if (scales == SCALE_LEAST) {
             add_leasts(x, ldx, rows, groups, least, sum);
             least += lanes;
@@ -124,27 +120,35 @@ INLINE void run_quads(const brim_quad_tile *t, int scales, int rows, int groups)
         for (int g = 0; g < groups; g++) storef(t->acc + r * PANEL + g * 16, sum[r][g]);
 }
 
-#define DEFINE(r, g)                                                                          \
-    static void plain_##r##_##g(const brim_quad_tile *t) { run_quads(t, SCALE_F16, r, g); }   \
-    static void least_##r##_##g(const brim_quad_tile *t) { run_quads(t, SCALE_LEAST, r, g); } \
-    static void halves_##r##_##g(const brim_quad_tile *t) { run_quads(t, SCALE_HALVES, r, g); }
-#define DEFINE_ROW(r) DEFINE(r, 1) DEFINE(r, 2) DEFINE(r, 3) DEFINE(r, 4)
-#define NAMES(kind, r) {kind##_##r##_1, kind##_##r##_2, kind##_##r##_3, kind##_##r##_4}
+INLINE void run_quads(const brim_quad_tile *t, int scales, int rows) {
+    if (!t->prefetch)
+        sweep(t, scales, rows, 4, 0);
+    else if (scales == SCALE_HALVES || (scales == SCALE_F16 && t->stride > 192))
+        sweep(t, scales, rows, 4, 5);
+    else
+        sweep(t, scales, rows, 4, 3);
+}
 
-DEFINE_ROW(1)
-DEFINE_ROW(2)
+#define DEFINE_KIND(kind, scales, r)                                                          \
+    static void kind##_##r##_1(const brim_quad_tile *t) { sweep(t, scales, r, 1, 0); }        \
+    static void kind##_##r##_4(const brim_quad_tile *t) { run_quads(t, scales, r); }
+#define DEFINE(r) DEFINE_KIND(plain, SCALE_F16, r) DEFINE_KIND(least, SCALE_LEAST, r) DEFINE_KIND(halves, SCALE_HALVES, r)
+#define NAMES(kind, r) {kind##_##r##_1, kind##_##r##_4}
+
+DEFINE(1)
+DEFINE(2)
 #ifdef __AVX512F__
-DEFINE_ROW(3)
+DEFINE(3)
 #define TABLE(kind) {NAMES(kind, 1), NAMES(kind, 2), NAMES(kind, 3)}
 #else
 #define TABLE(kind) {NAMES(kind, 1), NAMES(kind, 2)}
 #endif
 
-static brim_quad_fn *const table[][QUAD_ROWS][4] = {
+static brim_quad_fn *const table[][QUAD_ROWS][2] = {
     [SCALE_F16] = TABLE(plain),
     [SCALE_LEAST] = TABLE(least),
     [SCALE_NESTED] = TABLE(least),
     [SCALE_HALVES] = TABLE(halves),
 };
 
-brim_quad_fn *brim_quad_tile_for(int scales, int64_t rows, int64_t groups) { return table[scales][rows - 1][groups - 1]; }
+brim_quad_fn *brim_quad_tile_for(int scales, int64_t rows, int64_t groups) { return table[scales][rows - 1][groups == 4]; }

@@ -20,7 +20,8 @@ typedef struct {
 typedef struct {
     const brim_row_sub *x; /* [rows][ldx], at the slice's first sub-block */
     int64_t ldx;
-    brim_slice slice;      /* of all lanes of a panel */
+    brim_slice slice;
+    int64_t lanes;         /* of the slice */
     int64_t subs;
     float *acc;           /* [rows][PANEL] */
     const char *prefetch; /* memory that will be wanted next, or NULL */
@@ -28,7 +29,7 @@ typedef struct {
     int fresh;            /* nonzero: start from zero; else continue from acc */
 } brim_quad_tile;
 
-/* scales: of the form; rows 1..QUAD_ROWS, groups 1..4. Each result is summed in one order whatever the rows beside it. */
+/* scales: of the form; rows 1..QUAD_ROWS, groups 1 or 4 (with four, all lanes of the slice). Each result is summed in one order whatever the rows beside it. */
 typedef void brim_quad_fn(const brim_quad_tile *tile);
 brim_quad_fn *brim_quad_tile_for(int scales, int64_t rows, int64_t groups);
 #endif

@@ -18,7 +18,7 @@ int64_t brim_quantized_scratch(void) { return sizeof(scratch); }
 int64_t brim_quantized_shared(void) { return SHARED_SUBS * (int64_t)sizeof(brim_row_sub); }
 
 /* A NaN or an infinity among the elements makes the scale one, and so the result. */
-static void quantize_sub(int dtype, const void *x, int64_t at, int offset, brim_row_sub *out) {
+INLINE void quantize_sub(int dtype, const void *x, int64_t at, int offset, brim_row_sub *out) {
     const v16f shifter = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer held in the low bits */
     v16f v[2] = {load16(dtype, x, at), load16(dtype, x, at + 16)};
     v16i a = (v16i)v[0] & 0x7fffffff, b = (v16i)v[1] & 0x7fffffff, most = (v16i)choose(a > b, (v16f)a, (v16f)b);
@@ -49,8 +49,16 @@ typedef struct {
 /* Sub-blocks first .. last of the rows from c->row on. */
 static void quantize_rows(const brim_op *op, const context *c, int64_t first, int64_t last, brim_row_sub *out) {
     int64_t subs = op->n[2] / 32;
-    for (int64_t i = first; i < last; i++)
-        quantize_sub(op->dtype, op->p[0], (c->row + i / subs) * op->n[3] + i % subs * 32, c->form->offset, out + i);
+    for (int64_t i = first; i < last;) {
+        int64_t row = i / subs, end = (row + 1) * subs < last ? (row + 1) * subs : last;
+        for (; i < end; i++) {
+            int64_t at = (c->row + row) * op->n[3] + (i - row * subs) * 32;
+            if (op->dtype == BRIM_BF16)
+                quantize_sub(BRIM_BF16, op->p[0], at, c->form->offset, out + i);
+            else
+                quantize_sub(op->dtype, op->p[0], at, c->form->offset, out + i);
+        }
+    }
 }
 
 static void product(const brim_op *op, const brim_span *s, void *given) {
@@ -70,13 +78,19 @@ static void product(const brim_op *op, const brim_span *s, void *given) {
                 .x = c->x + (s->row - c->row + first) * subs + sub,
                 .ldx = subs,
                 .slice = slice,
+                .lanes = width,
                 .subs = count,
                 .acc = c->own->acc + first * PANEL,
                 .prefetch = next && t == 0 ? next + sub / form->subs * form->bytes * width : NULL,
                 .stride = stride,
                 .fresh = sub == 0,
             };
-            brim_quad_tile_for(form->scales, rows, s->groups)(&tile);
+            int64_t groups = s->groups == 4 ? 4 : 1;
+            for (int64_t g = 0; g < s->groups; g += groups) {
+                brim_quad_tile_for(form->scales, rows, groups)(&tile);
+                tile.slice.w += 64, tile.slice.scale += 16, tile.acc += 16;
+                if (slice.least) tile.slice.least += 16;
+            }
         }
     }
     finish(op, c->own->acc, s->row, s->rows, s->index * PANEL, s->groups);

@@ -14,6 +14,7 @@
 typedef float v16f __attribute__((vector_size(64), aligned(64)));
 typedef int32_t v16i __attribute__((vector_size(64), aligned(64)));
 typedef uint32_t v16u __attribute__((vector_size(64), aligned(64)));
+typedef uint8_t v16b __attribute__((vector_size(16), aligned(16)));
 typedef uint16_t v16h __attribute__((vector_size(32), aligned(32)));
 
 #define INLINE static inline __attribute__((always_inline))
