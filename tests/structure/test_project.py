@@ -61,7 +61,7 @@ def test_generated_files_are_current(what: str) -> None:
 
 
 # Flags of other programs that the pages mention.
-FOREIGN_FLAGS = frozenset({"--check", "--engines", "--models", "--python", "--json", "--output-len"})
+FOREIGN_FLAGS = frozenset({"--check", "--engines", "--host", "--jobs", "--models", "--python", "--json", "--output-len"})
 
 
 def test_every_flag_the_pages_name_exists() -> None:
