@@ -175,7 +175,7 @@ def test_brim_ps_shows_the_server_even_behind_a_key(
     server = start("letters", "api_key=sesame").wait_ready()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder))
     ps(as_json=True)
-    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["servers"]
     (row,) = [one for one in rows if one["url"] == server.url]
     assert (row["state"], row["cap_bytes"], row["held_bytes"]) == ("serving", 8192, 4096)
     assert (row["kv_tokens_used"], row["kv_tokens_total"], row["max_model_len"]) == (0, 796, 128)

@@ -32,9 +32,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The only composition root: it alone sees everything below the front ends.
     "runtime": (*FOUNDATION, "formats", "config", "text", "platforms", "memory", "parallel", "kernels", "layers", "models",
                 "engine", "worker"),
+    # Looks at the machine for who needs no engine.
+    "machine": (*FOUNDATION, "platforms"),
     "llm": (*FOUNDATION, "config", "memory", "text", "engine", "front", "runtime"),
     "brim": (*FOUNDATION, "importing", "engine", "llm"),
-    "cli": (*FOUNDATION, "config", "memory", "engine", "server", "runtime", "llm", "brim"),
+    "cli": (*FOUNDATION, "config", "memory", "engine", "server", "machine", "runtime", "llm", "brim"),
     "engine_main": ("importing", "engine", "runtime"),
     "calibration_main": ("runtime",),
     "__main__": ("cli",),

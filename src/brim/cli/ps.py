@@ -1,9 +1,11 @@
-"""`brim ps`: the servers of this machine and the memory each holds. Owns the table; asks every instance over its /memory."""
+"""`brim ps`: the servers of this machine, its accelerators and who holds their memory. Owns the tables; asks every instance over
+its /memory, and the management libraries for the devices."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,26 +16,34 @@ from brim.units import format_bytes
 if TYPE_CHECKING:
     from brim.server.instances import Instance
 
-_HEADER = ("NAME", "PID", "URL", "CAP", "HELD", "KV TOKENS", "CONTEXT", "UPTIME")
+_SERVERS = ("NAME", "PID", "HELD", "OF CAP", "KV", "UP", "URL")
+_DEVICES = ("DEVICE", "PID", "WHO", "HELD", "SHARE")
+_NAME, _WHO = 12, 34  # characters: both tables fit 80 columns
 _TIMEOUT_S = 2.0
 _MOST_ASKED_AT_ONCE = 16
 
 
-def ps(*, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False) -> None:
-    """List this machine's servers and their memory."""
+def ps(*, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the tables.")] = False) -> None:
+    """List this machine's servers and its accelerators, with the memory each process holds."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from brim.machine import local_devices
     from brim.server.instances import list_instances
 
     with ThreadPoolExecutor(_MOST_ASKED_AT_ONCE) as pool:
-        rows = list(pool.map(describe, list_instances()))
+        asked = pool.submit(local_devices)
+        servers = list(pool.map(describe, list_instances()))
+        devices = named(asked.result(), servers)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps({"servers": servers, "devices": devices}, indent=2))
         return
-    if not rows:
+    if servers:
+        print_table(_SERVERS, [_cells(row) for row in servers], right={1, 2, 3, 4}, stream=sys.stdout)
+    else:
         print("No Brim server is running on this machine.", file=sys.stderr)
-        return
-    print_table(_HEADER, [_cells(row) for row in rows], right={1, 3, 4, 5, 6}, stream=sys.stdout)
+    if devices:
+        print()
+        print_table(_DEVICES, [row for device in devices for row in _device_rows(device)], right={1, 3, 4}, stream=sys.stdout)
 
 
 def describe(instance: Instance) -> dict[str, Any]:
@@ -72,15 +82,53 @@ def fetch_memory(instance: Instance) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    def size(key: str) -> str:
-        return format_bytes(row[key]) if row[key] is not None else "-"
+def named(devices: Sequence[dict[str, Any]], servers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The devices with `server` at each process: the Brim it is of (its engine is a child of the server), or None."""
+    by_pid = {server["pid"]: server["name"] for server in servers}
 
+    def of_server(process: dict[str, Any]) -> dict[str, Any]:
+        return {**process, "server": by_pid.get(process["pid"]) or by_pid.get(process["parent_pid"])}
+
+    return [{**one, "processes": one["processes"] and [of_server(process) for process in one["processes"]]} for one in devices]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    held, cap = (format_bytes(row[key]) if row[key] is not None else "-" for key in ("held_bytes", "cap_bytes"))
     used, total = row["kv_tokens_used"], row["kv_tokens_total"]
-    tokens = f"{used:,}/{total:,}" if total is not None else row["state"]
-    context = f"{row['max_model_len']:,}" if row["max_model_len"] is not None else "-"
-    uptime = format_duration(row["uptime_s"]) if row["uptime_s"] is not None else "-"
-    return (row["name"], str(row["pid"]), row["url"], size("cap_bytes"), size("held_bytes"), tokens, context, uptime)
+    share = _share(used, total) if total is not None else row["state"]
+    return (_fit(row["name"], _NAME), str(row["pid"]), held, cap, share, format_duration(row["uptime_s"]), row["url"])
+
+
+def _device_rows(device: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    total, used, free = device["total_bytes"], device["used_bytes"], device["free_bytes"]
+    size = f" ({format_bytes(total)})" if total is not None else f" ({format_bytes(free)} free)" if free is not None else ""
+    name = _fit(device["name"], _WHO - len(size)) + size
+    yield (f"{device['platform']} {device['index']}", "", name, _size(used), _share(used, total))
+    if device["processes"] is None:
+        yield ("", "", "processes are not listed here", "", "")
+        return
+    for process in device["processes"]:
+        who = f"brim: {process['server']}" if process["server"] else process["name"] or "not to be seen from here"
+        held = process["num_bytes"]
+        yield ("", str(process["pid"]), _fit(who, _WHO), format_bytes(held), _share(held, total))
+    unnamed = device["unnamed_bytes"]
+    if unnamed:
+        yield ("", "", "the driver, and who is not listed", format_bytes(unnamed), _share(unnamed, total))
+
+
+def _size(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else format_bytes(num_bytes)
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    """`_share(1, 3) == '33 %'`; what is there but rounds to nothing is `< 1 %`."""
+    if part is None or not whole:
+        return "-"
+    return "< 1 %" if 0 < part < whole / 200 else f"{part / whole:.0%}".replace("%", " %")
+
+
+def _fit(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "~"
 
 
 def format_duration(seconds: float) -> str:

@@ -45,6 +45,12 @@ class Amdsmi:
         kind = getattr(getattr(self._library, "AmdSmiMemoryType", None), "VRAM", None)
         return _size(self._ask(name, self._handle, kind))
 
+    def name(self) -> str | None:
+        """The product's name."""
+        answer = self._ask("amdsmi_get_gpu_asic_info", self._handle) if self.works else None
+        text = answer.get("market_name") if isinstance(answer, dict) else None
+        return text if isinstance(text, str) and text not in ("", "N/A") else None
+
     def total_bytes(self) -> int | None:
         """The device's memory."""
         return self._memory("amdsmi_get_gpu_memory_total")
@@ -83,6 +89,16 @@ class Amdsmi:
         answer = self._ask("amdsmi_get_gpu_driver_info", self._handle) if self.works else None
         text = answer.get("driver_version") if isinstance(answer, dict) else None
         return text if isinstance(text, str) and text not in ("", "N/A") else None
+
+
+def list_cards(library: Any) -> list[Amdsmi]:
+    """Every device of this machine, in the library's order; none where it does not answer."""
+    try:
+        library.amdsmi_init()
+        buses = [str(library.amdsmi_get_gpu_device_bdf(handle)).lower() for handle in library.amdsmi_get_processor_handles()]
+    except Exception:  # the library's own errors, and whatever a missing driver makes of it
+        return []
+    return [Amdsmi(bus, library) for bus in buses]
 
 
 def _size(value: object) -> int | None:

@@ -1,4 +1,4 @@
-"""What this process holds on each graphics device by the kernel's own account. Owns the reading of /proc/self/fdinfo.
+"""What a process holds on each graphics device by the kernel's own account. Owns the reading of /proc/PID/fdinfo.
 
 Each open file of a device that does so shows one client's memory by region. Regions of the device's own memory are called vram0,
 vram1 (xe), local0 (i915) and vram (amdgpu). Files opened more than once show the same client, which counts once.
@@ -17,11 +17,11 @@ _UNIT_BYTES = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20}
 
 
 class DrmClients:
-    """root is where /proc is looked for."""
+    """root is where /proc is looked for; process: this one, or another that this user may look into."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
-        self._files = root / "proc/self/fd"
-        self._infos = root / "proc/self/fdinfo"
+    def __init__(self, root: Path = Path("/"), process: int | str = "self") -> None:
+        self._files = root / f"proc/{process}/fd"
+        self._infos = root / f"proc/{process}/fdinfo"
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes by the device's address, such as 0000:03:00.0. Devices of which no file is open, or whose driver shows no

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,33 +64,12 @@ class LevelZero:
         self._device = self._find(uuid.replace("-", "").lower())
 
     def _call(self, name: str, *arguments: Any) -> None:
-        function = getattr(self._library, name, None)
-        if function is None:
-            raise DeviceError(f"This Level Zero loader has no {name}.")
-        code = int(function(*arguments)) & 0xFFFFFFFF
-        if code in (_OUT_OF_DEVICE_MEMORY, _OUT_OF_HOST_MEMORY):
-            raise OutOfDeviceMemory(f"The driver has no memory for {name}.")
-        if code == _DEVICE_LOST:
-            raise DeviceLost(f"The device failed and this process can no longer use it: {name} lost it.")
-        if code:
-            raise DeviceError(f"The driver refused {name}: error 0x{code:x}.")
-
-    def _list(self, name: str, *owner: Any) -> list[ctypes.c_void_p]:
-        count = ctypes.c_uint32(0)
-        self._call(name, *owner, ctypes.byref(count), None)
-        count.value = min(count.value, _MOST_DRIVERS)
-        handles = (ctypes.c_void_p * max(1, count.value))()
-        self._call(name, *owner, ctypes.byref(count), handles)
-        return [ctypes.c_void_p(handle) for handle in handles[: count.value] if handle]
+        _call(self._library, name, *arguments)
 
     def _find(self, uuid: str) -> ctypes.c_void_p:
-        self._call("zeInit", ctypes.c_uint32(0))
-        for driver in self._list("zeDriverGet"):
-            for device in self._list("zeDeviceGet", driver):
-                properties = _DeviceProperties(stype=_DEVICE_PROPERTIES)
-                self._call("zeDeviceGetProperties", device, ctypes.byref(properties))
-                if bytes(properties.uuid).hex() == uuid:
-                    return device
+        for device, properties in _devices(self._library):
+            if bytes(properties.uuid).hex() == uuid:
+                return device
         raise DeviceError("Level Zero does not list the device that torch uses.")
 
     def usable_bytes(self) -> int | None:
@@ -191,3 +170,45 @@ def loaded_loader() -> Any | None:
         except OSError:
             continue
     return None
+
+
+def list_cards(library: Any) -> list[tuple[str, LevelZero]]:
+    """Every device that the loader lists, by the product's name, for readings only; none where it does not answer."""
+    try:
+        found = [(bytes(p.uuid).hex(), p.name.decode(errors="replace")) for _, p in _devices(library)]
+        return [(name, LevelZero(uuid, library, wait=lambda: None)) for uuid, name in found]
+    except (DeviceError, DeviceLost, OutOfDeviceMemory):
+        return []
+
+
+def _call(library: Any, name: str, *arguments: Any) -> None:
+    """Raises OutOfDeviceMemory, DeviceLost, DeviceError."""
+    function = getattr(library, name, None)
+    if function is None:
+        raise DeviceError(f"This Level Zero loader has no {name}.")
+    code = int(function(*arguments)) & 0xFFFFFFFF
+    if code in (_OUT_OF_DEVICE_MEMORY, _OUT_OF_HOST_MEMORY):
+        raise OutOfDeviceMemory(f"The driver has no memory for {name}.")
+    if code == _DEVICE_LOST:
+        raise DeviceLost(f"The device failed and this process can no longer use it: {name} lost it.")
+    if code:
+        raise DeviceError(f"The driver refused {name}: error 0x{code:x}.")
+
+
+def _list(library: Any, name: str, *owner: Any) -> list[ctypes.c_void_p]:
+    count = ctypes.c_uint32(0)
+    _call(library, name, *owner, ctypes.byref(count), None)
+    count.value = min(count.value, _MOST_DRIVERS)
+    handles = (ctypes.c_void_p * max(1, count.value))()
+    _call(library, name, *owner, ctypes.byref(count), handles)
+    return [ctypes.c_void_p(handle) for handle in handles[: count.value] if handle]
+
+
+def _devices(library: Any) -> Iterator[tuple[ctypes.c_void_p, _DeviceProperties]]:
+    """Of all drivers, in the loader's order."""
+    _call(library, "zeInit", ctypes.c_uint32(0))
+    for driver in _list(library, "zeDriverGet"):
+        for device in _list(library, "zeDeviceGet", driver):
+            properties = _DeviceProperties(stype=_DEVICE_PROPERTIES)
+            _call(library, "zeDeviceGetProperties", device, ctypes.byref(properties))
+            yield device, properties

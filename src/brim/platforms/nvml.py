@@ -46,6 +46,16 @@ class Nvml:
         """The device was found."""
         return self._handle is not None
 
+    def name(self) -> str | None:
+        """The product's name."""
+        name = self._try(lambda: self._library.nvmlDeviceGetName(self._handle)) if self.works else None
+        return name.decode() if isinstance(name, bytes) else name
+
+    def total_bytes(self) -> int | None:
+        """The card's memory, also where the device is a slice of it."""
+        info = self._memory()
+        return None if info is None else int(info.total)
+
     def free_bytes(self) -> int | None:
         """Free memory of the device; needs no context of our own."""
         info = self._memory()
@@ -93,3 +103,15 @@ class Nvml:
         if not self.works:
             return None
         return self._try(lambda: self._library.nvmlDeviceGetMemoryInfo(self._handle))
+
+
+def list_cards(library: Any) -> list[Nvml]:
+    """Every card of this machine, in the library's order; none where it does not answer."""
+    try:
+        library.nvmlInit()
+        handles = [library.nvmlDeviceGetHandleByIndex(index) for index in range(library.nvmlDeviceGetCount())]
+        uuids = [library.nvmlDeviceGetUUID(handle) for handle in handles]
+    except library.NVMLError:
+        return []
+    texts = [uuid.decode() if isinstance(uuid, bytes) else uuid for uuid in uuids]
+    return [Nvml(uuid.removeprefix("GPU-"), library) for uuid in texts]

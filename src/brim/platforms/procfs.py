@@ -52,6 +52,22 @@ class ProcFiles:
                 return slash + path
         return None
 
+    def process_ids(self) -> list[int]:
+        """Every process that is to be seen from here."""
+        try:
+            return sorted(int(entry.name) for entry in self._proc.iterdir() if entry.name.isdecimal())
+        except OSError:
+            return []
+
+    def process_name(self, pid: int) -> str | None:
+        """What it calls itself; None where it is not to be seen from here (another PID namespace)."""
+        return (read_text(self._proc / str(pid) / "comm") or "").strip() or None
+
+    def parent_id(self, pid: int) -> int | None:
+        """Who started it, as far as that lives."""
+        found = re.search(r"^PPid:\s*(\d+)$", read_text(self._proc / str(pid) / "status") or "", re.MULTILINE)
+        return int(found.group(1)) if found else None
+
     def cpu_model(self) -> str:
         """The processor's name; "unknown" where /proc/cpuinfo does not say."""
         return self._cpu_field("model name") or self._cpu_field("Model") or "unknown"
