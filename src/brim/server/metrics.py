@@ -19,6 +19,31 @@ from brim.server.seams import EngineClient
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PER_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+# What the engine's `stats` and `memory` call it, the metric's name, its meaning.
+_GAUGES = (
+    ("running", "brim_requests_running", "Sequences being computed."),
+    ("waiting", "brim_requests_waiting", "Sequences in the queue."),
+)
+_COUNTERS = (
+    ("num_preemptions", "brim_preemptions", "Sequences that gave their blocks back and start again."),
+    ("num_prefix_hit_tokens", "brim_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
+    ("num_refused", "brim_requests_refused", "Requests that the engine refused."),
+    ("num_failed_steps", "brim_failed_steps", "Steps that failed, with the requests in them."),
+    (
+        "num_out_of_memory",
+        "brim_out_of_memory_steps",
+        "Steps out of memory, tried again with a smaller KV cache.",
+    ),
+    ("num_kv_shrinks", "brim_kv_shrinks", "Times the KV cache gave memory back to the device."),
+    ("num_kv_grows", "brim_kv_grows", "Times the KV cache took memory again."),
+)
+_READINGS = (
+    ("cap_bytes", "brim_memory_cap_bytes", "The cap on what the engine may hold."),
+    ("resident_bytes", "brim_memory_held_bytes", "What the engine's process holds on the device, as read now."),
+    ("peak_bytes", "brim_memory_peak_bytes", "The most it held since the last phase of its start."),
+    ("free_bytes", "brim_device_free_bytes", "What is free on the device, as read now."),
+    ("total_bytes", "brim_device_total_bytes", "The device's memory, or the limit that applies to the engine."),
+)
 _REQUEST_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -129,16 +154,10 @@ class _EngineMetrics(Collector):
         up = GaugeMetricFamily("brim_engine_up", "1 where requests are served.", 1.0 if self._engine.is_healthy else 0.0)
         yield up
         yield CounterMetricFamily("brim_engine_restarts", "Engine processes started again.", self._engine.num_restarts)
-        for key, name, text in (
-            ("running", "brim_requests_running", "Sequences being computed."),
-            ("waiting", "brim_requests_waiting", "Sequences in the queue."),
-        ):
+        for key, name, text in _GAUGES:
             if key in stats:
                 yield GaugeMetricFamily(name, text, stats[key])
-        for key, name, text in (
-            ("num_preemptions", "brim_preemptions", "Sequences that gave their blocks back and start again."),
-            ("num_prefix_hit_tokens", "brim_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
-        ):
+        for key, name, text in _COUNTERS:
             if key in stats:
                 yield CounterMetricFamily(name, text, stats[key])
         if stats:
@@ -170,9 +189,10 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[Metric]:
     by_category: dict[str, int] = {}
     for line in memory.get("ledger", ()):
         by_category[line["category"]] = by_category.get(line["category"], 0) + line["bytes"]
-    family = GaugeMetricFamily("brim_memory_bytes", "The memory ledger by category.", labels=("category",))
+    family = GaugeMetricFamily("brim_memory_bytes", "The memory ledger by category, as it was proven.", labels=("category",))
     for category, num_bytes in by_category.items():
         family.add_metric((category,), num_bytes)
     yield family
-    if "cap_bytes" in memory:
-        yield GaugeMetricFamily("brim_memory_cap_bytes", "The cap on what the engine may hold.", memory["cap_bytes"])
+    for key, name, text in _READINGS:
+        if key in memory:
+            yield GaugeMetricFamily(name, text, memory[key])

@@ -135,7 +135,11 @@ class LetterExecutor(FakeExecutor):
         line = {"category": "kv_cache", "owner": "KV cache", "bytes": 4096, "known_by": "computed"}
         return {
             "cap_bytes": 8192,
+            "total_bytes": 16384,
             "held_bytes": 4096,
+            "resident_bytes": 4000,
+            "peak_bytes": 4096,
+            "free_bytes": 10000,
             "ledger": [line, line],
             "kv": {"max_model_len": MAX_MODEL_LEN},
             "phases": [],
