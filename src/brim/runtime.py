@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -107,10 +108,13 @@ def plan_starts(configs: Sequence[BrimConfig], devices: Sequence[str], parts: En
     Raises ModelError, ConfigError, DeviceError, and MemoryBudgetError where several models do not fit together."""
     parts, started = parts or EngineParts(), time.perf_counter()
     known = [plan_device(name, parts.detect, set(registered()) - {"auto"}) for name in devices]
-    models = [open_planned(config) for config in configs]
     plans = []
     for device in known:
-        plans += [plan_model(models[0], device)] if len(models) == 1 else plan_together(models, device)
+        live = device.live
+        asked = configs if live is None else [_without_what_died(config, live)[0] for config in configs]
+        with ExitStack() as stack:
+            models = [stack.enter_context(closing(open_planned(config))) for config in asked]
+            plans += [plan_model(models[0], device)] if len(models) == 1 else plan_together(models, device)
     return {"plans": plans, "seconds": round(time.perf_counter() - started, 3)}
 
 

@@ -66,6 +66,8 @@ def _one(plan: dict[str, Any], out: IO[str]) -> None:
     print(f"computed in        {plan['dtype']}, graphs {plan['graph_mode']}\n", file=out)
     for reason in plan["plan"]["reasons"]:
         _say(out, reason)
+    for note in plan["notes"]:
+        _say(out, note)
     _ranks(plan, out)
     _changes(plan, out)
 

@@ -25,12 +25,14 @@ Open = Callable[[BrimConfig, ModelSource], tuple[PlannedPlatform, KernelFacts]]
 
 @dataclass(frozen=True, slots=True)
 class PlanDevice:
-    """known: "measured", "predicted", or "here" for the device that is there. opened: platform and kernels for a model."""
+    """known: "measured", "predicted", or "here" for the device that is there, which is `live`. opened: platform and kernels for a
+    model."""
 
     name: str
     description: str
     known: str
     opened: Open
+    live: Platform | None = None
 
     def plan(self, config: BrimConfig, source: ModelSource, neighbour_bytes: int = 0) -> StartSettings:
         """What a start would decide, beside neighbours that hold so much. Raises MemoryBudgetError, ConfigError."""
@@ -76,4 +78,4 @@ def _here(platform: Platform) -> PlanDevice:
         planned, kernel_facts = opened[config.device.kernels]
         return planned.beside(0), kernel_facts
 
-    return PlanDevice(platform.name, str(platform.describe().get("device", platform.name)), "here", open_once)
+    return PlanDevice(platform.name, str(platform.describe().get("device", platform.name)), "here", open_once, platform)

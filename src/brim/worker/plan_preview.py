@@ -5,7 +5,7 @@ Every figure is a plan of `startup.plan_start`, made again with something change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,10 @@ class PlannedModel:
         """As the user wrote it."""
         return self.config.model.model
 
+    def close(self) -> None:
+        """Unmap its files."""
+        self.source.close()
+
 
 def open_planned(config: BrimConfig) -> PlannedModel:
     """Shapes only: weights may be missing. Raises ModelNotFound, BrokenModel, UnsupportedModel."""
@@ -53,6 +57,7 @@ def plan_model(model: PlannedModel, device: PlanDevice, neighbour_bytes: int = 0
         "device_known": device.known,
         "fits": False,
         "refused": None,
+        "notes": list(_notes(model.config)),
     }
     config, source = model.config, model.source
     try:
@@ -172,6 +177,12 @@ def _longest(model: PlannedModel, device: PlanDevice, neighbour_bytes: int) -> d
     except BrimError as error:
         return {"tokens": None, "is_the_models_limit": False, "why": str(error)}
     return {"tokens": longest, "is_the_models_limit": longest == model.source.spec.max_position, "why": ""}
+
+
+def _notes(config: BrimConfig) -> Iterator[str]:
+    """What is asked for and not in the plan."""
+    if config.device.compile:
+        yield "--compile: what compiled functions take was not measured and is not in this plan; the start measures it."
 
 
 def _ranks(model: PlannedModel, device: PlanDevice) -> list[dict[str, Any]]:

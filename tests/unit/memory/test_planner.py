@@ -11,7 +11,7 @@ from brim.config.resolve import parse_memory
 from brim.config.schema import MemoryRequest
 from brim.errors import MemoryBudgetError
 from brim.memory.budget import decide_budget
-from brim.memory.footprint import Footprint, fixed_lines, predicted_footprint
+from brim.memory.footprint import Footprint, fixed_lines
 from brim.memory.kv_layout import KVLayout
 from brim.memory.kv_split import KVSplit
 from brim.memory.ledger import LedgerLine
@@ -22,6 +22,7 @@ from brim.platforms.base import MemoryReading
 from brim.units import GIB, MIB
 
 from .conftest import DEMO_CONFIG
+from .spec_footprint import spec_footprint
 
 DEMO = spec_from_hf_config(DEMO_CONFIG)
 
@@ -44,7 +45,7 @@ def request(memory: str = "max", free: int = 8 * GIB, spec: ModelSpec = DEMO, **
         reading=reading(free),
         reserve_bytes=512 * MIB,
         layout=KVLayout.of(spec, 16, 2),
-        footprint=predicted_footprint(spec, context_bytes=300 * MIB, element_bytes=2, block_size=16),
+        footprint=spec_footprint(spec, context_bytes=300 * MIB, element_bytes=2, block_size=16),
         max_num_seqs=16,
         max_num_batched_tokens=512,
         max_model_len=4096,
@@ -318,7 +319,7 @@ def test_settled_plans_keep_the_ceiling(held: int, memory: str) -> None:
 @pytest.mark.parametrize("drift", [-2 * MIB, 0, 2 * MIB])
 def test_suggestions_still_start_where_the_next_reading_differs_a_little(drift: int) -> None:
     def at(context_bytes: int, memory: str, noise_bytes: int) -> PlanRequest:
-        footprint = predicted_footprint(DEMO, context_bytes=context_bytes, element_bytes=2, block_size=16)
+        footprint = spec_footprint(DEMO, context_bytes=context_bytes, element_bytes=2, block_size=16)
         return replace(request(memory), footprint=footprint, noise_bytes=noise_bytes)
 
     with pytest.raises(MemoryBudgetError) as caught:
