@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from brim.kernels.triton.dependent import let_next_start, wait_for_earlier
+from brim.kernels.triton.dependent import let_next_start, prefetch_rows, wait_for_earlier
 from brim.kernels.triton.tiles import load_tile, scaled_scores, softmax_step, tile_pointers
 
 
@@ -102,6 +102,25 @@ def _combine(
     tl.store(to + row[:, None] * D + col[None, :], acc.to(to.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _ask_ahead(
+    cache, tables, seq_lens, seq, tile, wanted, stride_table, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Ask for a tile of a sequence in the second-level cache, which what is still being written goes through too. Rows that are
+    not wanted ask for block 0, which is always there."""
+    lines: tl.constexpr = D_PAD // 64 if D_PAD >= 64 else 1
+    length = tl.load(seq_lens + seq, mask=wanted, other=0)
+    keys = (_first_tile(length, KEYS, WINDOW) + tile) * KEYS + tl.arange(0, KEYS)
+    seen = (keys < length) & wanted
+    if WINDOW:
+        seen = seen & (keys >= length - WINDOW)
+    block = tl.load(tables + seq.to(tl.int64) * stride_table + keys // BLOCK_SIZE, mask=seen, other=0)
+    row = block.to(tl.int64) * stride_block + tl.where(seen, keys % BLOCK_SIZE, 0) * stride_token
+    prefetch_rows(cache, row, 1, D, lines)
+    prefetch_rows(cache + stride_kv, row, 1, D, lines)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "stride_table"], do_not_specialize_on_alignment=["tables", "query_start", "seq_lens"])
 def decode_attention_kernel(
     q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, inner, outer, num_seqs,
@@ -114,22 +133,24 @@ def decode_attention_kernel(
     """Grid (PARTS * KV_HEADS): neighbours take the heads of the same share, whose rows of the cache lie side by side. Lengths
     are the step's input, which no kernel writes: the work is cut before the wait."""
     let_next_start(PDL)
-    head = tl.program_id(0) % KV_HEADS
-    part = tl.program_id(0) // KV_HEADS
+    head, part = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     index = tl.arange(0, SEQS_PAD)
     real = index < num_seqs
-    starts = tl.load(query_start + index, mask=real, other=0)
-    ends = tl.load(query_start + index + 1, mask=real, other=0)
-    tiles = _tile_count(ends - starts, tl.load(seq_lens + index, mask=real, other=0), KEYS, WINDOW)
+    queries = tl.load(query_start + index + 1, mask=real, other=0) - tl.load(query_start + index, mask=real, other=0)
+    tiles = _tile_count(queries, tl.load(seq_lens + index, mask=real, other=0), KEYS, WINDOW)
     line = tl.sum(tiles, axis=0)
     share = (line + PARTS - 1) // PARTS
     tile, stop = part * share, tl.minimum(part * share + share, line)
     seq = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
     before = tl.sum(tl.where(index < seq, tiles, 0), axis=0)  # tiles of all sequences before seq
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, D_PAD)
+    row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     inside = (row < GROUP)[:, None] & (col < D)[None, :]
     cell = row[:, None] * D + col[None, :]
+    if PDL:
+        _ask_ahead(
+            cache + head * stride_head, tables, seq_lens, seq, tile - before, tile < stop, stride_table, stride_block, stride_kv,
+            stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW,
+        )  # fmt: skip
     wait_for_earlier(PDL)
     while tile < stop:
         token = tl.load(query_start + seq).to(tl.int64)
@@ -160,6 +181,4 @@ def decode_attention_kernel(
                         sums, stats, to, first_part, starts_inside, parts, head, KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, TOGETHER
                     )
                     tl.store(arrivals + seq * KV_HEADS + head, 0)
-        tile = here
-        before += count
-        seq += 1
+        tile, before, seq = here, before + count, seq + 1

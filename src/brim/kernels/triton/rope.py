@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from brim.kernels.triton.dependent import begin_dependent
+from brim.kernels.triton.dependent import let_next_start, wait_for_earlier
 
 
 @triton.jit
@@ -34,8 +34,9 @@ def rope_and_cache_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS_BLOCK: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (tokens, blocks of q heads then of k heads then of v heads). Heads are handled as two halves of D."""
-    begin_dependent(PDL)
+    """Grid (tokens, blocks of q heads then of k heads then of v heads). Heads are handled as two halves of D. Angles and places
+    are the step's input, which no kernel writes: they are read before the wait."""
+    let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     q_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
@@ -48,15 +49,17 @@ def rope_and_cache_kernel(
     half = tl.arange(0, HALF_PAD)
     inside = half < HALF
     mask = (head < tl.where(is_q, HEADS, KV_HEADS))[:, None] & inside[None, :]
+    turned = inside & (is_v == 0)
+    angles = cos_sin + tl.load(positions + token) * stride_table + half
+    cos = tl.load(angles, mask=turned, other=1.0)[None, :]
+    sin = tl.load(angles + HALF, mask=turned, other=0.0)[None, :]
+    wait_for_earlier(PDL)
     at = qkv + token * stride_qkv + (first + head)[:, None] * (2 * HALF) + half[None, :]
     low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
     if not is_v:
         if NORMED:
             low, high = _head_norm(low, high, q_norm, k_norm, is_q, half, inside, eps, HALF)
-        angles = cos_sin + tl.load(positions + token) * stride_table + half
-        cos = tl.load(angles, mask=inside, other=0.0)[None, :]
-        sin = tl.load(angles + HALF, mask=inside, other=0.0)[None, :]
         low, high = low * cos - high * sin, high * cos + low * sin
     if is_q:
         tl.store(at, low.to(qkv.dtype.element_ty), mask=mask)
