@@ -1,7 +1,7 @@
 """Which of several kernels that give the same result are used. Owns the settings and the one in force.
 
-What is not the default has passed the interpreter's tests and compiles, but was not yet measured to be faster, or not on every
-shape; `benchmarks/cuda_tuning.py` measures. A choice enters which variants exist, never what they compute.
+What is not the default compiles and, but for `hopper_attention`, which no interpreter runs, passes the tests; it was not yet
+measured. `benchmarks/cuda_tuning.py` measures. A choice enters which variants exist, never what they compute.
 """
 
 from __future__ import annotations
