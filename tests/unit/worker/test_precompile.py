@@ -107,6 +107,15 @@ def test_all_are_compiled_over_all_processes() -> None:
     assert "20 compiled" in report.text
 
 
+def test_how_far_it_is_can_be_told() -> None:
+    told: list[tuple[int, int]] = []
+    job = pool(variants(6), "time.sleep(0.2)", num_processes=2)
+    job.wait(lambda done, all_: told.append((done, all_)))
+    assert len(told) > 1
+    assert told == sorted(told)
+    assert {all_ for _, all_ in told} == {6}
+
+
 def test_where_all_is_cached_no_process_starts() -> None:
     report = pool(variants(5, cached=True), command=("/nowhere/python",)).wait()
     assert (report.num_cached, report.num_compiled, report.failures) == (5, 0, ())
@@ -162,6 +171,7 @@ def test_the_processes_import_no_torch() -> None:
     code = (
         "import sys, brim.kernels.triton.compile_process\n"
         "from brim.kernels.triton import decode_attention, dense, logprobs, matmul, prefill_attention, rope, sampling, tokens\n"
+        "from brim.kernels.triton import hopper_attention, skinny\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], env=without_interpreter(), check=True)
