@@ -57,7 +57,7 @@ def mixed_16(vocab_size: int) -> Workload:
 
 
 def workload_named(name: str, vocab_size: int, num_seqs: int) -> Workload:
-    """"W" (its first num_seqs requests) or "mixed-16", whole."""
+    """The requests of W (its first num_seqs) or of mixed-16, all of them."""
     return workload_w(vocab_size, num_seqs) if name == "W" else mixed_16(vocab_size)
 
 
