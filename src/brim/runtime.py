@@ -39,7 +39,7 @@ from brim.platforms.detect import detect, registered
 from brim.platforms.profile import calibrated_folder
 from brim.platforms.scenario import read_scenario
 from brim.worker.device_worker import DeviceWorker
-from brim.worker.plan_calibration import STARTS, measured_start, profile_from, start_json, start_of_json
+from brim.worker.plan_calibration import FIRST_START, later_starts, measured_start, profile_from, start_json, start_of_json
 from brim.worker.plan_device import plan_device
 from brim.worker.plan_preview import open_planned, plan_model, plan_together
 from brim.worker.scripted_run import run_scenario
@@ -133,9 +133,11 @@ def calibrate(path: Path | None, device: str, on_progress: Callable[[StartupProg
     """Measure this machine's profile by starting small models, each in a process of its own, and write it to path, or where plans
     find it. Raises DeviceError where no start came to be, ConfigError where the file cannot be written."""
     starts, failures = [], []
+    todo = [FIRST_START]
     with tempfile.TemporaryDirectory() as folder:
-        for number, start in enumerate(STARTS):
-            text = f"start {number + 1} of {len(STARTS)}: {start.num_layers} layers, {start.graph_mode}"
+        while todo:
+            start = todo.pop(0)
+            text = f"{start.num_layers} layers, at most {start.max_num_seqs} sequences, graphs {start.graph_mode}"
             on_progress(StartupProgress("calibrate", text))
             config_path = Path(folder) / "config.json"
             config_path.write_text(json.dumps(start.model), encoding="utf-8")
@@ -146,6 +148,7 @@ def calibrate(path: Path | None, device: str, on_progress: Callable[[StartupProg
                 failures.append(f"{text}: {(done.stderr.strip().splitlines() or ['it died'])[-1]}")
             else:
                 starts.append(start_of_json(json.loads(done.stdout.splitlines()[-1])))
+                todo = todo if start is not FIRST_START else list(later_starts(starts[0]))
     if not starts:
         raise DeviceError(f"No start came to be, so nothing was measured. {failures[0]}")
     profile = profile_from(starts, time.strftime("%Y-%m-%d"))

@@ -19,9 +19,12 @@ from brim.units import GIB, MIB, ceil_div, round_up
 from brim.worker.device_worker import DeviceWorker
 
 _BACKENDS = {"cpu": "native"}  # name of kernels -> the profile's word, where they differ
-_SHAPE = {
-    "model_type": "llama", "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+_SHAPE = {"model_type": "llama", "head_dim": 128, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
+_SMALL = {
+    "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+_WIDE = {
+    "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4,
 }  # fmt: skip
 _ROUNDING_MARGIN_BYTES = 12 * MIB  # larger models round more often: 20 MiB more was seen on an H100
 _STARTING_MARGIN_BYTES = MIB
@@ -29,16 +32,17 @@ _STARTING_MARGIN_BYTES = MIB
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStart:
-    """One start of the small model: so many layers, sequences at most, in that graph mode."""
+    """One start: so many layers, sequences at most, in that graph mode. is_wide: as wide as models that people serve."""
 
     num_layers: int
     max_num_seqs: int
     graph_mode: GraphMode
+    is_wide: bool = False
 
     @property
     def model(self) -> dict[str, Any]:
         """Its config.json."""
-        return {**_SHAPE, "num_hidden_layers": self.num_layers}
+        return {**_SHAPE, **(_WIDE if self.is_wide else _SMALL), "num_hidden_layers": self.num_layers}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -48,18 +52,31 @@ class CalibrationStart:
             "max_model_len": 1024,
             "max_num_seqs": self.max_num_seqs,
             "graph_mode": self.graph_mode,
-            "memory": "1GiB",
+            "memory": "6GiB" if self.is_wide else "2GiB",
         }
 
 
-# Two depths and two numbers of graphs tell what a layer, a graph and the first of them cost.
-STARTS = (
-    CalibrationStart(4, 16, "NONE"),
+# The first tells what kind of device it is. Two depths and two numbers of graphs then tell what a layer, a graph and the first of
+# them cost; on an accelerator readings move by 2 MiB, so that there are more of both, and libraries choose kernels by width.
+FIRST_START = CalibrationStart(4, 16, "NONE")
+HOST_STARTS = (
+    CalibrationStart(24, 16, "NONE"),
     CalibrationStart(4, 64, "FULL_DECODE_ONLY"),
-    CalibrationStart(12, 64, "FULL_DECODE_ONLY"),
-    CalibrationStart(12, 8, "FULL_DECODE_ONLY"),
-    CalibrationStart(12, 64, "PIECEWISE"),
+    CalibrationStart(24, 64, "FULL_DECODE_ONLY"),
+    CalibrationStart(24, 8, "FULL_DECODE_ONLY"),
 )
+DEVICE_STARTS = (
+    CalibrationStart(24, 256, "NONE", is_wide=True),
+    CalibrationStart(4, 256, "FULL_DECODE_ONLY", is_wide=True),
+    CalibrationStart(24, 256, "FULL_DECODE_ONLY", is_wide=True),
+    CalibrationStart(24, 8, "FULL_DECODE_ONLY", is_wide=True),
+    CalibrationStart(24, 256, "PIECEWISE", is_wide=True),
+)
+
+
+def later_starts(first: MeasuredStart) -> tuple[CalibrationStart, ...]:
+    """What else to start on the device of the first."""
+    return HOST_STARTS if first.host_memory else DEVICE_STARTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

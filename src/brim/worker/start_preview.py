@@ -62,6 +62,8 @@ def preview_start(config: BrimConfig, platform: Platform, *, has_model: bool) ->
 def _decide(config: BrimConfig, platform: Platform, source: ModelSource, has_model: bool) -> dict[str, Any]:
     selection = open_kernels(config, platform, source.spec)
     try:
+        with platform.stream():  # as a start does: what libraries keep is held when the plan is made
+            selection.kernels.start_libraries()
         settings = plan_start(config, platform, selection.kernels, source)
     finally:
         selection.kernels.close()

@@ -81,15 +81,14 @@ def test_a_known_device_keeps_its_name() -> None:
 
 def test_this_machine_is_measured_and_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real starts, as `brim doctor --calibrate` makes them, fewer of them."""
-    starts = (CalibrationStart(1, 4, "FULL_DECODE_ONLY"), CalibrationStart(2, 4, "FULL_DECODE_ONLY"))
-    monkeypatch.setattr("brim.runtime.STARTS", starts)
+    monkeypatch.setattr(plan_calibration, "HOST_STARTS", (CalibrationStart(2, 4, "FULL_DECODE_ONLY"),))
     found = calibrate(tmp_path / "mine.toml", "cpu", lambda progress: None)
     assert found["starts"] == 2 and not found["failures"]
     profile: DeviceProfile = find_profile(str(tmp_path / "mine.toml"))
     assert profile.host_memory and profile.kernels in ("native", "torch") and profile.is_measured
     assert profile.costs.of("context_bytes") > 64 * MIB
     model = tmp_path / "config.json"
-    model.write_text(json.dumps(plan_calibration.STARTS[0].model))
+    model.write_text(json.dumps(plan_calibration.FIRST_START.model))
     config = resolve({"model": str(model), "memory": "1GiB", "max_model_len": 1024})
     (plan,) = plan_starts([config], [found["file"]])["plans"]
     assert plan["fits"] and plan["bytes"]["context"] == profile.costs.of("context_bytes")
