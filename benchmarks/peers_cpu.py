@@ -48,11 +48,12 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row: an engine on one form of a model."""
+    """One row: an engine on one form of a model. dtype auto: quantised weights stay as they are."""
 
     label: str
     engine: str
     path: Path
+    dtype: str = "bfloat16"
 
 
 def entries_of(model: PeerModel) -> list[Entry]:
@@ -62,6 +63,7 @@ def entries_of(model: PeerModel) -> list[Entry]:
     rows += [Entry("brim (bf16)" if model.dummy else "brim (bf16, from safetensors)", "brim", model.folder)]
     if not model.dummy:
         rows += [Entry("brim (bf16, from the Q4_K_M GGUF)", "brim", model.gguf["Q4_K_M"])]
+        rows += [Entry("brim (Q4_K_M)", "brim", model.gguf["Q4_K_M"], "auto")]
     return rows
 
 
@@ -70,7 +72,7 @@ def task_of(model: PeerModel, entry: Entry, options: argparse.Namespace) -> dict
     return {
         "engine": entry.engine,
         "model": str(entry.path),
-        "dtype": "bfloat16",
+        "dtype": entry.dtype,
         "dummy": model.dummy,
         "tokenizer": None if model.dummy else str(model.gguf["Q4_K_M"]),
         "threads": len(os.sched_getaffinity(0)),

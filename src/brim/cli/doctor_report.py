@@ -139,6 +139,9 @@ def _start(console: Console, start: dict[str, Any]) -> None:
     rows.append(("arena", arena["backend"], arena["reason"]))
     if "kernels" in start:
         rows.append(("kernels", start["kernels"]["name"], start["kernels"]["reason"]))
+        if "weights" in start:
+            kept, _, why = start["weights"].partition(": ")
+            rows.append(("weights", kept, why))
         rows.append(("graph mode", start["graph_mode"]["mode"], start["graph_mode"]["reason"]))
         for name, limit in start["limits"].items():
             rows.append((name.replace("_", " "), f"{limit['value']:,}", f"from: {limit['source']}"))

@@ -119,6 +119,7 @@ class Kernels(ABC):
     can_capture: bool = False  # no call waits for the device or allocates: a device graph can hold them all
     plain_weights: bool = False  # a LinearWeight is a row-major tensor, which other code may read
     block_types: frozenset[GGMLType] = frozenset()  # quantised weights that are multiplied as they are, see `new_stored_linear`
+    byte_products: str = ""  # what multiplies their bytes, for reports
     fused_rows: int = 0  # steps of at most so many tokens take norm_linear, norm_gated_linear and add_linear where they can
 
     @property

@@ -66,6 +66,8 @@ def kernels(bench: Bench) -> Found:
     """Which kernels start-up chooses, and why not faster ones."""
     selection = bench.selection
     figures: Figures = {"kernels": selection.kernels.name, "scratch_bytes": selection.kernels.scratch_bytes}
+    if selection.kernels.byte_products:
+        figures["products_of_bytes"] = selection.kernels.byte_products
     return Found(figures, selection.fallback_reason or "The fastest there is for this device.")
 
 

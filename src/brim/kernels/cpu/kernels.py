@@ -58,7 +58,9 @@ class CpuKernels(Kernels):
     def __init__(self, library_path: Path, num_threads: int | None = None, max_head_dim: int = 256) -> None:
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
         self.max_head_dim = max_head_dim
-        self._pool = ThreadPool(NativeLibrary(library_path), self.num_threads, max_head_dim)
+        library = NativeLibrary(library_path)
+        self.byte_products = library.byte_products
+        self._pool = ThreadPool(library, self.num_threads, max_head_dim)
         self._storage = WeightStorage()
         self._recording: Program | None = None
 

@@ -36,6 +36,8 @@ class NativeLibrary:
         for name in ("brim_scratch_bytes", "brim_shared_bytes"):
             getattr(library, name).argtypes = [ctypes.c_int64]
             getattr(library, name).restype = ctypes.c_int64
+        library.brim_byte_products.restype = ctypes.c_char_p
+        self.byte_products: str = library.brim_byte_products().decode()
         self.scratch_bytes = library.brim_scratch_bytes
         self.shared_bytes = library.brim_shared_bytes
         library.brim_op_bytes.restype = ctypes.c_int64
