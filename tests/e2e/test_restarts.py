@@ -89,7 +89,7 @@ async def all_of(works: list[Callable[[], Awaitable[None]]]) -> None:
 async def serves(supervisor: Supervisor, name: str = "a") -> None:
     """One request, from begin to end."""
     engine = AsyncEngine(supervisor, LetterTools())
-    chunks = [chunk async for chunk in engine.generate(name, LetterFront().encode("hello"), GREEDY)]
+    chunks = [chunk async for some in engine.generate(name, LetterFront().encode("hello"), GREEDY) for chunk in some]
     assert chunks[-1].is_last and chunks[-1].error is None
 
 
@@ -182,9 +182,8 @@ def test_a_fault_in_any_kind_of_step_leaves_no_request_unanswered(how: str, tmp_
             await asyncio.sleep(pause_s)
             ends[name] = []
             try:
-                async for chunk in engine.generate(name, LetterFront().encode(f"hello {name}" * 5), GREEDY):
-                    if chunk.is_last:
-                        ends[name].append(chunk.error)
+                async for chunks in engine.generate(name, LetterFront().encode(f"hello {name}" * 5), GREEDY):
+                    ends[name] += [chunk.error for chunk in chunks if chunk.is_last]
             except BrimError as error:
                 ends[name].append(str(error))
 

@@ -197,12 +197,13 @@ class _Watch:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> Path:
-    """A tokenizer whose every id is a short word, for shapes that have none: without text there is nothing to stream."""
+    """A tokenizer whose every id is a space and a short word, for shapes that have none: without text there is nothing to
+    stream. All it can encode is spaces."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocab = {}
-    for index in range(vocab_size):
+    vocab = {"Ġ": 0}
+    for index in range(1, vocab_size):
         word, rest = "", index
-        while rest or not word:
+        while rest:
             rest, letter = divmod(rest, len(letters))
             word += letters[letter]
         vocab[f"Ġ{word}"] = index

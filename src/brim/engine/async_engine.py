@@ -29,7 +29,7 @@ class AsyncEngine:
     def __init__(self, supervisor: Supervisor, text_tools: TextTools) -> None:
         self._supervisor = supervisor
         self._processor = OutputProcessor(text_tools)
-        self._queues: dict[str, asyncio.Queue[CompletionChunk]] = {}
+        self._boxes: dict[str, _Mailbox] = {}
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
         self._idle = asyncio.Event()
@@ -70,45 +70,46 @@ class AsyncEngine:
     @property
     def num_requests(self) -> int:
         """Requests in flight."""
-        return len(self._queues)
+        return len(self._boxes)
 
     # -- requests
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
-    ) -> AsyncGenerator[CompletionChunk]:
-        """Chunks of one request as they come, the last with is_last. Closing the iterator aborts the request.
+    ) -> AsyncGenerator[list[CompletionChunk]]:
+        """Chunks of one request as they come, those that came since in one list, the last of all with is_last. Closing the
+        iterator aborts the request.
 
         Raises EngineDead while the engine does not serve. A failure in flight is a chunk with `error` and `error_kind`.
         """
         if not self.is_healthy:
             raise EngineDead(self.reason)
         messages = self._processor.add(request_id, prompt_ids, params, arrival_s=time.time(), priority=priority)
-        queue = self._queues[request_id] = asyncio.Queue()
+        box = self._boxes[request_id] = _Mailbox()
         self._idle.clear()
         try:
             for message in messages:
                 self._supervisor.send(message)
             while True:
-                chunk = await queue.get()
-                yield chunk
-                if chunk.is_last:
+                chunks = await box.take()
+                yield chunks
+                if chunks[-1].is_last:
                     return
         finally:
             self._forget(request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request: its iterator gives a last chunk with finish_reason "abort". Unknown ids are ignored."""
-        queue = self._queues.get(request_id)
-        if queue is None:
+        box = self._boxes.get(request_id)
+        if box is None:
             return
         self._send_aborts(self._processor.abort(request_id))
-        queue.put_nowait(CompletionChunk(request_id=request_id, finish_reason="abort", usage=Usage(0, 0), is_last=True))
+        box.put(CompletionChunk(request_id=request_id, finish_reason="abort", usage=Usage(0, 0), is_last=True))
 
     def _forget(self, request_id: str) -> None:
         self._send_aborts(self._processor.abort(request_id))
-        self._queues.pop(request_id, None)
-        if not self._queues:
+        self._boxes.pop(request_id, None)
+        if not self._boxes:
             self._idle.set()
 
     def _send_aborts(self, aborts: Sequence[AbortRequest]) -> None:
@@ -182,6 +183,30 @@ class AsyncEngine:
 
     def _deliver(self, chunks: Sequence[CompletionChunk]) -> None:
         for chunk in chunks:
-            queue = self._queues.get(chunk.request_id)
-            if queue is not None:
-                queue.put_nowait(chunk)
+            box = self._boxes.get(chunk.request_id)
+            if box is not None:
+                box.put(chunk)
+
+
+class _Mailbox:
+    """Chunks for one waiting task, which takes all there are: one that is behind catches up in fewer turns."""
+
+    __slots__ = ("_chunks", "_waiter")
+
+    def __init__(self) -> None:
+        self._chunks: list[CompletionChunk] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, chunk: CompletionChunk) -> None:
+        self._chunks.append(chunk)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[CompletionChunk]:
+        """At least one."""
+        while not self._chunks:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            self._waiter = None
+        taken, self._chunks = self._chunks, []
+        return taken

@@ -22,7 +22,7 @@ from brim.server.prompts import total_usage
 from brim.server.seams import EngineClient
 from brim.server.streams import DONE_FRAME, ClientGone, EventStream, error_body, frame_of, merge, unless_gone
 
-Chunks = AsyncGenerator[tuple[int, CompletionChunk]]
+Chunks = AsyncGenerator[tuple[int, list[CompletionChunk]]]
 MakeChoices = Callable[[int, CompletionChunk], list[dict[str, Any]]]
 _GONE = 499  # nobody reads it; for logs
 _LOG = logging.getLogger("brim.server")
@@ -54,15 +54,14 @@ class Generation:
         """So far, all prompts together."""
         return total_usage(self._usages)
 
-    async def chunks(self) -> Chunks:
-        """(prompt number, chunk) as they come. Raises BrimError; closing it aborts everything."""
+    def usage_at(self, number: int, usage: Usage) -> Usage:
+        """All prompts together when this one's was `usage`."""
+        return total_usage([*self._usages[:number], usage, *self._usages[number + 1 :]])
+
+    def chunks(self) -> Chunks:
+        """(prompt number, chunks that came since) as they come. Raises BrimError; closing it aborts everything."""
         streams = [self._one(number) for number in range(len(self._prompt_ids))]
-        async with contextlib.aclosing(merge(streams)) as merged:
-            async for number, chunk in merged:
-                if chunk.error is not None:
-                    raise_named(chunk.error, chunk.error_kind)
-                self._usages[number] = chunk.usage
-                yield number, chunk
+        return streams[0] if len(streams) == 1 else merge(streams)
 
     async def results(self) -> list[CompletionResult]:
         """All of it, when it is done: one result a prompt."""
@@ -70,23 +69,31 @@ class Generation:
         collectors = [CompletionCollector(engine_id) for engine_id in ids]
         results: dict[int, CompletionResult] = {}
         async with contextlib.aclosing(self.chunks()) as chunks:
-            async for number, chunk in chunks:
-                result = collectors[number].add(chunk)
-                if result is not None:
-                    results[number] = result
+            async for number, some in chunks:
+                for chunk in some:
+                    result = collectors[number].add(chunk)
+                    if result is not None:
+                        results[number] = result
         return [results[number] for number in range(len(ids))]
 
     def _engine_id(self, number: int) -> str:
         return self.request_id if len(self._prompt_ids) == 1 else f"{self.request_id}-{number}"
 
-    async def _one(self, number: int) -> AsyncGenerator[CompletionChunk]:
+    async def _one(self, number: int) -> Chunks:
         ids = self._prompt_ids[number]
         stream = self._engine.generate(self._engine_id(number), ids, self._params, priority=self._priority)
         with self._metrics.observe(len(ids)) as observed:
-            async with contextlib.aclosing(stream) as chunks:
-                async for chunk in chunks:
-                    observed.note(chunk)
-                    yield chunk
+            async with contextlib.aclosing(stream) as several:
+                async for chunks in several:
+                    observed.note(chunks[-1])
+                    failed = next((index for index, chunk in enumerate(chunks) if chunk.error is not None), None)
+                    if failed is None:
+                        self._usages[number] = chunks[-1].usage
+                        yield number, chunks
+                        continue
+                    if failed:
+                        yield number, chunks[:failed]
+                    raise_named(str(chunks[failed].error), chunks[failed].error_kind)
 
 
 class Answer:
@@ -127,7 +134,7 @@ class Answer:
 
     async def _frames(
         self,
-        first: tuple[int, CompletionChunk],
+        first: tuple[int, list[CompletionChunk]],
         chunks: Chunks,
         make: MakeChoices,
         opening: Sequence[dict[str, Any]],
@@ -142,14 +149,23 @@ class Answer:
             tail = b',"usage":' + msgspec.json.encode(usage_json(usage, hidden_tokens)) if usage or wants_usage else b""
             return frame_of(head + b',"choices":' + msgspec.json.encode(choices) + tail + b"}")
 
+        def frames(number: int, chunks: Sequence[CompletionChunk]) -> bytes:
+            found = []
+            for chunk in chunks:
+                choices = make(number, chunk)
+                if choices:
+                    found.append(frame(choices, self._generation.usage_at(number, chunk.usage) if continuous else None))
+            return b"".join(found)
+
         try:
             async with contextlib.aclosing(chunks):
                 if opening:
                     yield frame(opening, self._generation.usage if continuous else None)
-                async for number, chunk in _chain(first, chunks):
-                    choices = make(number, chunk)
-                    if choices:
-                        yield frame(choices, self._generation.usage if continuous else None)
+                if found := frames(*first):
+                    yield found
+                async for number, several in chunks:
+                    if found := frames(number, several):
+                        yield found
             if wants_usage:
                 yield frame([], self._generation.usage)
         except Exception as error:
@@ -188,11 +204,5 @@ def usage_json(usage: Usage | None, hidden_tokens: int = 0) -> dict[str, Any] | 
     }
 
 
-async def _next(chunks: Chunks) -> tuple[int, CompletionChunk]:
+async def _next(chunks: Chunks) -> tuple[int, list[CompletionChunk]]:
     return await anext(chunks)
-
-
-async def _chain(first: tuple[int, CompletionChunk], chunks: Chunks) -> Chunks:
-    yield first
-    async for item in chunks:
-        yield item

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import signal
 import socket
 import sys
@@ -126,6 +127,7 @@ class HttpServer:
                 engine, front = await self._until_stopped(self._start(on_progress))
                 if on_ready is not None:
                     on_ready(engine.info)
+                _settle()
                 door.app = create_app(engine, front, self._config, extra_keys=keys)
                 await self._serve(engine, front, file, http, serving)
             except _Stopped:
@@ -215,6 +217,12 @@ class HttpServer:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+
+
+def _settle() -> None:
+    """What a start leaves stays, a large vocabulary above all: collections while serving, which stop every stream, skip it."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Stopped(Exception):

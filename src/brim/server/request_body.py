@@ -50,7 +50,7 @@ def parse_body(body: bytes, kind: type[T], *, refused: Mapping[str, str], ignore
     ignored: fields accepted without effect. Any other field is an error that names the nearest known one.
     """
     fields = _object(body)
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = set(kind.__struct_encode_fields__)
     for name, value in list(fields.items()):
         if name in known:
             continue

@@ -36,8 +36,8 @@ class EngineClient(Protocol):
 
     def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
-    ) -> AsyncGenerator[CompletionChunk]:
-        """Chunks of one request; closing the iterator aborts it."""
+    ) -> AsyncGenerator[list[CompletionChunk]]:
+        """Chunks of one request, those that came since in one list; closing the iterator aborts it."""
 
     async def stats(self) -> dict[str, Any]:
         """Counts of the engine core."""

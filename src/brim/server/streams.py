@@ -24,18 +24,13 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """Items of several streams as they come, each with its stream's number. Closing it closes them all.
+async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    """Items of several streams as they come. Closing it closes them all.
 
     An exception of one stream ends the whole.
     """
-    if len(streams) == 1:
-        async with contextlib.aclosing(streams[0]) as only:
-            async for one in only:
-                yield 0, one
-        return
-    queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_pump(number, stream, queue)) for number, stream in enumerate(streams)]
+    queue: asyncio.Queue[tuple[T] | BaseException | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     try:
         num_open = len(tasks)
         while num_open:
@@ -45,18 +40,18 @@ async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[in
             elif isinstance(item, BaseException):
                 raise item
             else:
-                yield item
+                yield item[0]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(number: int, stream: AsyncGenerator[T], queue: asyncio.Queue[tuple[int, T] | BaseException | None]) -> None:
+async def _pump(stream: AsyncGenerator[T], queue: asyncio.Queue[tuple[T] | BaseException | None]) -> None:
     try:
         async with contextlib.aclosing(stream):
             async for item in stream:
-                queue.put_nowait((number, item))
+                queue.put_nowait((item,))
     except Exception as error:
         queue.put_nowait(error)
     else:

@@ -44,7 +44,7 @@ class LetterEngine:
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int = 0
-    ) -> AsyncGenerator[CompletionChunk]:
+    ) -> AsyncGenerator[list[CompletionChunk]]:
         if not self.is_healthy:
             raise EngineDead(self.reason)
         self.seen.append(params)
@@ -57,9 +57,9 @@ class LetterEngine:
                 while not queue:
                     self._step()
                     await asyncio.sleep(0)
-                chunk = queue.popleft()
-                yield chunk
-                if chunk.is_last:
+                chunks = [queue.popleft() for _ in range(len(queue))]
+                yield chunks
+                if chunks[-1].is_last:
                     return
         finally:
             del self._waiting[request_id]
