@@ -66,6 +66,10 @@ def run(
     with engine.open_llm(model, settings, defaults=RUN_DEFAULTS) as llm:
         if verbose:
             print(llm.startup_report(), file=sys.stderr)
+        elif sys.stderr.isatty() and not as_json:
+            from brim.cli.tables import print_summary
+
+            print_summary(llm.memory(), llm.info.get("ready_s"))
         is_chat = _wants_chat(llm, raw=raw, system=system)
         if text is None:
             from brim.cli.conversation import hold_conversation

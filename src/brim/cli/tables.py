@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
-from brim.memory.ledger import Ledger, LedgerLine
+from brim.memory.ledger import CATEGORIES, OURS, Ledger, LedgerLine
 from brim.units import format_bytes
+
+_BAR = 40  # characters
 
 
 def print_ledger(ledger: Ledger, stream: IO[str] | None = None) -> None:
@@ -26,6 +28,20 @@ def print_memory(memory: dict[str, Any], stream: IO[str] | None = None) -> None:
         print(f"KV cache: {kv['kv_tokens']:,} tokens", file=out)
     if memory.get("peak_bytes"):
         print(f"Peak of this process: {format_bytes(memory['peak_bytes'])}", file=out)
+
+
+def print_summary(memory: dict[str, Any], ready_s: float | None, stream: IO[str] | None = None) -> None:
+    """The same by category in a few lines of at most 80 columns: what a start came to."""
+    ledger, kv = ledger_of(memory), memory.get("kv", {})
+    out = stream or sys.stderr
+    ready = f"Ready in {ready_s:.1f} s. " if ready_s is not None else ""
+    tokens = f"; KV cache: {kv['kv_tokens']:,} tokens" if "kv_tokens" in kv else ""
+    print(f"{ready}{format_bytes(ledger.held_bytes)} of a cap of {format_bytes(ledger.cap_bytes)} held{tokens}", file=out)
+    held = {category: ledger.bytes_of(category) for category in CATEGORIES if category in OURS}
+    for category, num_bytes in held.items():
+        if num_bytes:
+            bar = "#" * round(_BAR * max(0, num_bytes) / max(held.values()))
+            print(f"  {category:<13}{format_bytes(num_bytes):>12}{num_bytes / ledger.held_bytes:>6.0%}  {bar}".rstrip(), file=out)
 
 
 def ledger_of(memory: dict[str, Any]) -> Ledger:

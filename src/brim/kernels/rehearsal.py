@@ -7,6 +7,7 @@ compile it while this one still reads weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,8 +37,10 @@ class CompileReport:
 class CompileJob(Protocol):
     """Kernels being compiled by other processes."""
 
-    def wait(self) -> CompileReport:
-        """Wait until all is done or given up, and end the processes. Never raises for what they did."""
+    def wait(self, told: Callable[[int, int], None] | None = None) -> CompileReport:
+        """Wait until all is done or given up, and end the processes. Never raises for what they did.
+
+        told: how many variants are there, of how many, now and then until then."""
 
     def close(self) -> None:
         """End the processes at once. May follow `wait`, and itself."""

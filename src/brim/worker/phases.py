@@ -95,6 +95,10 @@ class OpenedDevice:
         with self.platform.stream(), self.profiler.phase(name, rest, owner) as scope:
             yield scope
 
+    def tell(self, phase: str, text: str, fraction: float | None = None) -> None:
+        """The phase under way has come this far."""
+        self.on_progress(StartupProgress(phase, text, fraction))
+
     def give_back_unused(self) -> None:
         """Where device memory is the host's. Elsewhere what the allocator holds stays: the next step would take it again."""
         if self.platform.capabilities.host_memory:
@@ -214,7 +218,11 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         scope.add("workspace", "step workspace", plan.num_bytes)
         compiling = compile_model(settings.compiling, opened.platform, model, runner, limits.max_num_tokens)
         blocks = reserved.cache.committed_blocks
-        opened.on_progress(StartupProgress("warm", opened.ahead.wait().text))
+        report = opened.ahead.wait(
+            lambda done, all_: opened.tell("warm", f"compiling kernels, {done} of {all_}", done / (all_ or 1))
+        )
+        if report.num_variants or report.failures:
+            opened.tell("warm", report.text)
         runner.warm_sizes()  # first: libraries keep what they take now, and what only passes through must not lie around it
         for arrays, rows, shape in warm_steps(limits, settings.layout.block_size, blocks, settings.spec, opened.ahead.steps):
             runner.probe(arrays, rows, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,11 @@ class CompileAhead:
     job: CompileJob | None = None
     reason: str = ""
 
-    def wait(self) -> CompileReport:
-        """Before the first step runs; the processes are gone afterwards."""
+    def wait(self, told: Callable[[int, int], None] | None = None) -> CompileReport:
+        """Before the first step runs; the processes are gone afterwards. told: see `CompileJob`."""
         if self.job is None:
             return CompileReport(0, 0, 0, 0.0, (self.reason,) if self.reason else ())
-        return self.job.wait()
+        return self.job.wait(told)
 
     def close(self) -> None:
         """On every way out of a start; ends the processes where they still run."""

@@ -77,18 +77,21 @@ class ModelRunner:
 
         Every kernel ran before in every size, so nothing is loaded or allocated inside a capture."""
         self._programs.clear()
+        captures_mixed = choice.mixed_whole or choice.pieces
+        total = len(self._sizes.decode) * choice.decode_whole + len(self._sizes.mixed) * captures_mixed
+        counted = (f"{number} of {total}" for number in range(1, total + 1))
         if choice.decode_whole:
             recorded = self._programs.record_decode(capture, self._sizes.decode, greedy_kinds, self._decode_body)
             for num_seqs in recorded:
-                yield f"decode, {num_seqs} sequences"
-        if choice.mixed_whole or choice.pieces:
+                yield f"{next(counted)}: decode, {num_seqs} sequences"
+        if captures_mixed:
             for num_tokens in reversed(self._sizes.mixed):
                 step = self._step_tensors(num_tokens, self._inputs.batches(self._mixed_shape(num_tokens)))
                 if choice.mixed_whole:
                     self._programs.record_whole(capture, num_tokens, self._model, step)
                 else:
                     self._programs.record_pieces(capture, num_tokens, self._model, step)
-                yield f"{num_tokens} tokens"
+                yield f"{next(counted)}: {num_tokens} tokens"
 
     def _mixed_shape(self, num_tokens: int) -> StepShape:
         return StepShape(num_tokens, min(num_tokens, self._max_num_seqs), num_tokens, self._inputs.max_model_len)

@@ -133,8 +133,10 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
 def brim_command(monkeypatch: pytest.MonkeyPatch) -> Brim:
     """Call `brim` with these arguments, this stdin (bytes; None is a terminal nobody types at)."""
 
-    def call(*arguments: str, stdin: bytes | None = b"", stdout_is_terminal: bool = False) -> Ended:
-        out, err = Terminal(is_terminal=stdout_is_terminal), Terminal()
+    def call(
+        *arguments: str, stdin: bytes | None = b"", stdout_is_terminal: bool = False, stderr_is_terminal: bool = False
+    ) -> Ended:
+        out, err = Terminal(is_terminal=stdout_is_terminal), Terminal(is_terminal=stderr_is_terminal)
         monkeypatch.setattr(sys, "stdin", Terminal(stdin or b"", is_terminal=stdin is None))
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)

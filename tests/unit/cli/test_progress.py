@@ -25,7 +25,25 @@ def test_a_log_gets_one_line_a_phase() -> None:
 def test_a_terminal_gets_one_line_that_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     drawn = shown(Terminal(is_terminal=True)).split("\r\x1b[K")
-    assert drawn == ["", "load: reading weights", "load: " + "x" * 28 + "  50%", "prove", ""]
+    assert drawn == ["", "2/8 load: reading weights", "2/8 load [##########          ]  50% xx", "8/8 prove", ""]
+    assert max(map(len, drawn)) < 40
+
+
+def test_a_long_phase_speaks_again_in_a_log() -> None:
+    now_s, stream = [0.0], Terminal()
+    with ProgressLine(stream, clock=lambda: now_s[0]) as progress:
+        for seconds in range(25):
+            now_s[0] = float(seconds)
+            progress(StartupProgress("load", f"layer {seconds}", seconds / 25))
+            progress(StartupProgress("load", f"layer {seconds}", seconds / 25))
+    assert stream.written == "load: layer 0\nload: layer 10 (40%)\nload: layer 20 (80%)\n"
+
+
+def test_phases_that_are_no_starts_have_no_place() -> None:
+    stream = Terminal(is_terminal=True)
+    with ProgressLine(stream) as progress:
+        progress(StartupProgress("doctor", "memory", 2.0))
+    assert "doctor [####################] 200% memory" in stream.written
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

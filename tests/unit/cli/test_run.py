@@ -84,6 +84,22 @@ def test_reports_go_to_stderr(brim_command: Brim, fake_llm: FakeLLM) -> None:
     assert "Peak of this process: 900.00 MiB" in ended.err
 
 
+def test_a_person_sees_what_the_start_came_to(brim_command: Brim, fake_llm: FakeLLM) -> None:
+    said = brim_command("run", "demo", "hi", stderr_is_terminal=True).err.splitlines()
+    assert said[0] == "Ready in 1.2 s. 912.00 MiB of a cap of 1.00 GiB held; KV cache: 65,536 tokens"
+    assert [line.split()[:4] for line in said[1:4]] == [
+        ["context", "100.00", "MiB", "11%"],
+        ["weights", "512.00", "MiB", "56%"],
+        ["kv_cache", "300.00", "MiB", "33%"],
+    ]
+    assert said[2].endswith(" " + "#" * 40)
+    assert "4 tokens in" in said[4]
+    assert max(map(len, said)) <= 80
+    for quiet in (("--json",), ()):
+        assert "Ready" not in brim_command("run", "demo", "hi", *quiet, stderr_is_terminal=bool(quiet)).err
+    assert "the start-up report" in brim_command("run", "demo", "hi", "--verbose", stderr_is_terminal=True).err
+
+
 def test_a_model_with_a_template_is_asked_as_a_chat(brim_command: Brim, fake_llm: FakeLLM) -> None:
     fake_llm.has_chat_template = True
     brim_command("run", "demo", "hi", "--system", "Be brief.")

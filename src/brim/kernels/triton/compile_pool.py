@@ -21,6 +21,7 @@ from brim.kernels.rehearsal import CompileReport
 from brim.kernels.triton.variant import Variant
 
 MAX_PROCESSES = 8  # more take longer to start than they save: the slowest variant bounds the whole
+_TELL_EVERY_S = 0.25
 TIME_LIMIT_S = 120.0
 _COMMAND = (sys.executable, "-m", "brim.kernels.triton.compile_process")
 
@@ -59,9 +60,12 @@ class CompilePool:
         self._thread = threading.Thread(target=self._run, name="compile-ahead", daemon=True)
         self._thread.start()
 
-    def wait(self) -> CompileReport:
+    def wait(self, told: Callable[[int, int], None] | None = None) -> CompileReport:
         """See `CompileJob`; at most until the time limit."""
-        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        while self._thread.is_alive() and (left_s := self._deadline - time.monotonic()) > 0:
+            if told is not None:
+                told(self._num_cached + self._num_compiled, len(self._variants))
+            self._thread.join(min(left_s, _TELL_EVERY_S))
         if self._thread.is_alive():
             self._failures.append("the time limit was reached")
         self.close()
