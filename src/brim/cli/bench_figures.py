@@ -105,7 +105,7 @@ def _done(found: Mapping[str, Any], part: str) -> dict[str, Any] | None:
 
 def _decode_rows(work: Work, found: Mapping[str, Any], limits: Mapping[str, Any], name: str) -> Iterator[Figure]:
     bandwidth = limits["bandwidth_bytes_per_s"]
-    linears = (limits.get("linears_ms") or {}).get(name) or {}
+    linears = limits.get("linears_ms", {}).get(name, {})
     if decode := _done(found, "decode"):
         first = decode["input_len"] + SHORT_DECODE_TOKENS
         for size, ms in decode["ms_per_token"].items():

@@ -22,7 +22,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     span = [0.1, products / bandwidth, 1e5]
     axes.loglog(span, [min(x * bandwidth, products) for x in span], color="black", linewidth=1.5)
-    axes.annotate(f"memory {bandwidth / 1e12:.3g} TB/s", (0.12, 0.15 * bandwidth), rotation=0, fontsize=8)
+    axes.annotate(f"memory {bandwidth / 1e12:.3g} TB/s", (0.12, 0.4 * bandwidth), fontsize=8)
     axes.annotate(f"products {products / 1e12:.3g} TFLOP/s", (span[1], products * 1.1), fontsize=8)
     for marker, (name, found) in zip(_MARKERS, record["models"].items(), strict=False):
         rows = [row for row in found["figures"] if row["flops"] and row["moved_bytes"] and row["seconds"]]
