@@ -1,6 +1,7 @@
-"""What a GPU's memory does from start to end: KV size, the cap, free memory, starts, neighbours, graph modes.
+"""What a GPU's memory does beside others and at its cap, and that graph modes agree. KV size, free memory while serving and
+starts are `brim bench suite`'s now (they were the parts kv and starts of the record of 2026-11-23).
 
-    python benchmarks/cuda_memory.py --models DIR [--parts kv,cap,starts,neighbour,two,modes] --json FILE
+    python benchmarks/cuda_memory.py --models DIR [--parts cap,neighbour,two,modes] --json FILE
 
 DIR holds the shapes (llama-3.1-8b, qwen3-0.6b) as folders with a config.json; weights are random. Each engine is a process of its
 own; another thread samples the device through its management library every 20 ms.
@@ -10,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform as host
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -69,11 +68,6 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def free_between(self, start: float, end: float) -> dict[str, int]:
-        """Least and most free bytes."""
-        frees = [free for when, free, _ in self.samples if start <= when <= end]
-        return {"least_bytes": min(frees), "most_bytes": max(frees), "samples": len(frees)}
-
     def most_of(self, pid: int) -> int:
         """The most a process held at any sample."""
         return max((held.get(pid, 0) for _, _, held in self.samples), default=0)
@@ -82,9 +76,7 @@ class Watch:
 class Engine:
     """A child that runs device_engine.py, and its events."""
 
-    def __init__(
-        self, model: Path, workloads: str = "", hold: bool = False, environment: dict[str, str] | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, model: Path, workloads: str = "", hold: bool = False, **settings: Any) -> None:
         command = [sys.executable, str(ENGINE), str(model), json.dumps({**BASE, **settings}), workloads]
         self.started = time.time()
         self.process = subprocess.Popen(
@@ -93,7 +85,6 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **(environment or {})},
         )
         self.events: list[dict[str, Any]] = []
         self.noise: list[str] = []
@@ -125,10 +116,6 @@ class Engine:
         """Of a workload that is done."""
         return next(e["result"] for e in self.events if e["event"] == "done" and e["name"] == name)
 
-    def time_of(self, event: str) -> float:
-        """When it was said."""
-        return float(next(e["time"] for e in self.events if e["event"] == event))
-
     def end(self) -> None:
         """Kill what still runs."""
         self.process.kill()
@@ -151,27 +138,6 @@ def summary(engine: Engine, ready: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def kv(models: Path) -> dict[str, Any]:
-    """Defaults: KV tokens, free memory from ready to the end of every workload, speed."""
-    found = {}
-    for name in ("llama-3.1-8b", "qwen3-0.6b"):
-        watch, engine = Watch(), Engine(models / name, "w,long,decode,prefill")
-        try:
-            ready = engine.until("ready")
-            engine.until("closed")
-            last = max(e["time"] for e in engine.events if e["event"] == "done")
-            found[name] = {
-                **summary(engine, ready),
-                "free_from_ready_to_end": watch.free_between(ready["time"], last),
-                "process_most_bytes": watch.most_of(engine.process.pid),
-                "work": {e["name"]: e["result"] for e in engine.events if e["event"] == "done"},
-            }
-        finally:
-            engine.end()
-            watch.close()
-    return found
-
-
 def cap(models: Path) -> dict[str, Any]:
     """A cap of 90 %: the most the process ever held beyond it."""
     found = {}
@@ -186,30 +152,6 @@ def cap(models: Path) -> dict[str, Any]:
         finally:
             engine.end()
             watch.close()
-    return found
-
-
-def starts(models: Path) -> dict[str, Any]:
-    """Three starts, the first with nothing cached: KV tokens and seconds from the process's start to ready."""
-    found: dict[str, Any] = {}
-    for name in ("llama-3.1-8b", "qwen3-0.6b"):
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {"TRITON_CACHE_DIR": f"{folder}/triton", "BRIM_CACHE_DIR": f"{folder}/brim"}
-            runs = []
-            for _ in range(3):
-                engine = Engine(models / name, environment=environment)
-                try:
-                    runs.append(summary(engine, engine.until("ready")))
-                    engine.until("closed")
-                finally:
-                    engine.end()
-            tokens = [run["kv_tokens"] for run in runs]
-            found[name] = {
-                "kv_tokens": tokens,
-                "equal": len(set(tokens)) == 1,
-                "ready_s": [r["ready_s"] for r in runs],
-                "runs": runs,
-            }
     return found
 
 
@@ -337,7 +279,7 @@ def compare(reference: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "kv": kv, "cap": cap, "starts": starts, "neighbour": neighbour, "two": two, "modes": modes,
+    "cap": cap, "neighbour": neighbour, "two": two, "modes": modes,
 }  # fmt: skip
 
 

@@ -62,23 +62,6 @@ def checksum(tokens: list[list[int]]) -> int:
     return total
 
 
-def decode(llm: LLM) -> dict[str, Any]:
-    """ms per token at batch 1, 8 and 64: (time of 272 new tokens - time of 16) / 256, 128-token prompts."""
-    found = {}
-    for batch in (1, 8, 64):
-        run(llm, same(batch, 128, 16))
-        short, _ = run(llm, same(batch, 128, 16))
-        long, _ = run(llm, same(batch, 128, 272))
-        found[str(batch)] = (long - short) / 256 * 1e3
-    return {"ms_per_token": found}
-
-
-def prefill(llm: LLM) -> dict[str, Any]:
-    """One prompt of 8,000 tokens, the best and all of three."""
-    times = [run(llm, same(1, 8000, 1))[0] * 1e3 for _ in range(3)]
-    return {"ms": min(times), "all_ms": times}
-
-
 def mixed_greedy(llm: LLM) -> dict[str, Any]:
     """The tokens themselves of 16 prompts of 5 to 700 tokens, 48 new ones each."""
     rng = np.random.default_rng(11)
@@ -94,8 +77,6 @@ WORKLOADS: dict[str, Callable[[LLM], dict[str, Any]]] = {
     "w": lambda llm: throughput(llm, workload_w(VOCAB)),
     "long": lambda llm: throughput(llm, same(64, 8000, 16)),
     "greedy": lambda llm: throughput(llm, same(64, 200, 200)),
-    "decode": decode,
-    "prefill": prefill,
     "mixed": mixed_greedy,
 }
 
