@@ -42,6 +42,7 @@ from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import StepSizes
 from brim.worker.weight_choice import WeightChoice
+from brim.worker.workspace_views import buffer_views, logits_view
 
 MAX_PROOFS = 4
 _WORTH_MEASURING_BYTES = 16 * MIB  # given back after the worst steps; less is not worth running them again
@@ -207,8 +208,9 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         device, limits = opened.platform.torch_device(), settings.limits
         plan = plan_workspace(step_buffers(settings.spec, limits, settings.dtype.itemsize))
         workspace = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=device)
-        buffers = _buffer_views(model, limits.max_num_tokens, plan, workspace)
-        logits = _logits_view(settings, plan, workspace)
+        buffers = buffer_views(model, limits.max_num_tokens, plan, workspace)
+        num_rows = logit_rows(settings.spec, limits, settings.dtype.itemsize)
+        logits = logits_view(settings.spec.vocab_size, num_rows, plan, workspace)
         in_flight, kernels = settings.pipeline_depth, opened.kernels
         inputs = StepInputs(limits, settings.layout, device, in_flight)
         sampler = Sampler(kernels, model, limits, logits, settings.sizes.rows, opened.platform.mark, in_flight)
@@ -391,18 +393,3 @@ def _new_cache(opened: OpenedDevice, reach: Sequence[int], committed: Sequence[i
         lambda counts: new_arenas(opened.platform, layout, counts),
         opened.platform.memory_view,
     )
-
-
-def _logits_view(settings: StartSettings, plan: WorkspacePlan, workspace: Tensor) -> Tensor:
-    rows = logit_rows(settings.spec, settings.limits, settings.dtype.itemsize)
-    start, vocab = plan.offsets_bytes["logits"], settings.spec.vocab_size
-    return workspace[start : start + 4 * rows * vocab].view(torch.float32).view(rows, vocab)
-
-
-def _buffer_views(model: Model, max_tokens: int, plan: WorkspacePlan, workspace: Tensor) -> dict[str, Tensor]:
-    views = {}
-    for shape in model.buffer_shapes():
-        start = plan.offsets_bytes[shape.name]
-        flat = workspace[start : start + max_tokens * shape.width * shape.dtype.itemsize]
-        views[shape.name] = flat.view(shape.dtype).view(max_tokens, shape.width)
-    return views
