@@ -158,6 +158,7 @@ INLINE void read_nested(const char *p, int64_t line, int64_t sub, char out[2][16
 
 typedef struct {
     const char *block; /* the first block of the slice */
+    const char *ahead; /* memory that will be wanted next, or NULL */
     int64_t width, group, first, subs; /* sub-blocks first .. first + subs, counted from that block */
 } place;
 
@@ -206,7 +207,13 @@ INLINE void read_all(const brim_form *form, const place *at, int64_t groups, bri
     if (form->bits == 8) return;
     const char *p = at->block + header + at->first * sub_bytes + at->group * 64;
     uint32_t *out = room->words;
+    const char *ahead = at->ahead;
+    int64_t step = form->bytes * at->width / form->subs;
     for (int64_t i = 0, sub = at->first; i < at->subs; i++, p += sub_bytes, out += 128 * groups) {
+        if (ahead) {
+            for (int64_t touched = 0; touched < step; touched += 64) __builtin_prefetch(ahead + touched, 0, 2);
+            ahead += step;
+        }
         if (form->extra == 0)
             read_words(0, groups, p, line, out);
         else if (form->extra == 1)
@@ -219,9 +226,9 @@ INLINE void read_all(const brim_form *form, const place *at, int64_t groups, bri
 
 brim_slice brim_read_slice(
     const brim_form *form, const char *panel, int64_t width, int64_t group, int64_t groups, int64_t sub, int64_t subs,
-    brim_slice_room *room) {
+    const char *ahead, brim_slice_room *room) {
     int64_t block_bytes = form->bytes * width, lanes = groups * 16;
-    place at = {panel + sub / form->subs * block_bytes, width, group, sub % form->subs, subs};
+    place at = {panel + sub / form->subs * block_bytes, ahead, width, group, sub % form->subs, subs};
     brim_slice slice = {(const char *)room->words, 32 * lanes, 4 * lanes, room->scale, NULL};
     if (form->scales == SCALE_LEAST || form->scales == SCALE_NESTED) slice.least = room->least;
     if (form->bits == 8) {

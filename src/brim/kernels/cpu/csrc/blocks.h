@@ -54,10 +54,11 @@ typedef struct {
     _Alignas(64) float least[CHUNK_SUBS * PANEL];
 } brim_slice_room;
 
-/* Sub-blocks [sub, sub + subs) of lanes 16 * group .. 16 * (group + groups) of a panel of `width` lanes. */
+/* Sub-blocks [sub, sub + subs) of lanes 16 * group .. 16 * (group + groups) of a panel of `width` lanes.
+ * ahead: as much memory as all lanes of the slice take, wanted next; touched where elements are unpacked here. Or NULL. */
 brim_slice brim_read_slice(
     const brim_form *form, const char *panel, int64_t width, int64_t group, int64_t groups, int64_t sub, int64_t subs,
-    brim_slice_room *room);
+    const char *ahead, brim_slice_room *room);
 
 brim_kernel brim_pack_blocks;
 #endif

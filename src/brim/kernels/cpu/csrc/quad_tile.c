@@ -121,12 +121,10 @@ INLINE void sweep(const brim_quad_tile *t, int scales, int rows, int groups, int
 }
 
 INLINE void run_quads(const brim_quad_tile *t, int scales, int rows) {
-    if (!t->prefetch)
-        sweep(t, scales, rows, 4, 0);
-    else if (scales == SCALE_HALVES || (scales == SCALE_F16 && t->stride > 192))
+    if (t->prefetch && scales == SCALE_F16)
         sweep(t, scales, rows, 4, 5);
     else
-        sweep(t, scales, rows, 4, 3);
+        sweep(t, scales, rows, 4, 0);
 }
 
 #define DEFINE_KIND(kind, scales, r)                                                          \

@@ -24,7 +24,7 @@ typedef struct {
     int64_t lanes;         /* of the slice */
     int64_t subs;
     float *acc;           /* [rows][PANEL] */
-    const char *prefetch; /* memory that will be wanted next, or NULL */
+    const char *prefetch; /* memory that will be wanted next, or NULL; touched where elements are read as they are stored */
     int64_t stride;       /* bytes of it to touch per quad */
     int fresh;            /* nonzero: start from zero; else continue from acc */
 } brim_quad_tile;

@@ -71,7 +71,8 @@ static void product(const brim_op *op, const brim_span *s, void *given) {
     int64_t stride = form->bytes * width / (8 * form->subs);
     for (int64_t sub = 0; sub < subs; sub += CHUNK_SUBS) {
         int64_t count = subs - sub < CHUNK_SUBS ? subs - sub : CHUNK_SUBS;
-        brim_slice slice = brim_read_slice(form, panel, width, 0, s->groups, sub, count, &c->own->room);
+        const char *ahead = next ? next + sub / form->subs * form->bytes * width : NULL;
+        brim_slice slice = brim_read_slice(form, panel, width, 0, s->groups, sub, count, ahead, &c->own->room);
         for (int64_t t = 0; t < tiles; t++) {
             int64_t first = s->rows * t / tiles, rows = s->rows * (t + 1) / tiles - first;
             brim_quad_tile tile = {
@@ -81,7 +82,7 @@ static void product(const brim_op *op, const brim_span *s, void *given) {
                 .lanes = width,
                 .subs = count,
                 .acc = c->own->acc + first * PANEL,
-                .prefetch = next && t == 0 ? next + sub / form->subs * form->bytes * width : NULL,
+                .prefetch = t == 0 && form->bits == 8 ? ahead : NULL,
                 .stride = stride,
                 .fresh = sub == 0,
             };
@@ -134,7 +135,7 @@ void brim_quantized_embed(const brim_op *op, brim_thread *self) {
         int64_t row = i / subs, sub = i % subs, id = ids[row], panel = id / PANEL, lane = id % PANEL;
         int64_t width = groups_of(op->n[1], panel) * 16;
         const char *base = (const char *)op->p[1] + panel * block_bytes_of(form, PANEL, op->n[2]);
-        brim_slice slice = brim_read_slice(form, base, width, lane / 16, 1, sub, 1, room);
+        brim_slice slice = brim_read_slice(form, base, width, lane / 16, 1, sub, 1, NULL, room);
         for (int k = 0; k < 32; k++) {
             uint8_t element = (uint8_t)slice.w[k / 4 * slice.quad_stride + lane % 16 * 4 + k % 4];
             float x = slice.scale[(form->scales == SCALE_HALVES && k >= 16 ? 16 : 0) + lane % 16] * (float)(element - form->offset);
