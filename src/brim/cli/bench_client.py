@@ -1,7 +1,7 @@
 """The process of some streaming clients, each one request of the `openai` package. Not a verb.
 
-Owns what the clients of a server see: when tokens came, and that all came. It says "ready", waits for a line on stdin, runs
-all its requests at once and prints one JSON object.
+Owns what the clients of a server see: when tokens came, and that all came. After one token to warm up it says "ready", waits
+for a line on stdin, runs all its requests at once and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ async def run(task: dict[str, Any]) -> dict[str, Any]:
     """All requests of this process at once."""
     http = DefaultAsyncHttpxClient(timeout=600, trust_env=False)
     async with AsyncOpenAI(base_url=task["url"], api_key="none", http_client=http, max_retries=0) as client:
+        await stream_one(client, task["model"], {**task["requests"][0], "max_tokens": 1})  # what the package makes at first use
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         started = time.monotonic()

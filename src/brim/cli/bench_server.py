@@ -26,7 +26,7 @@ _SERVING = re.compile(r"brim: serving (?P<model>.*) at (?P<url>http://\S+)")
 _START_S = 300.0
 _RUN_S = 300.0
 _SAMPLE_S = 0.5
-_MOST_CLIENT_PROCESSES = 8  # one streams some 5,000 tokens a second
+_MOST_CLIENT_PROCESSES = 8  # a token costs one 0.12 ms of a processor
 
 
 @dataclass(frozen=True, slots=True)
