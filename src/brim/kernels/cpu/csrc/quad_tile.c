@@ -59,8 +59,9 @@ INLINE v16i dot_quad(v16i acc, v16u w, uint32_t x) {
 
 /* One sub-block, or a half of one (quads 4), into the float sums. rows, groups, quads and lines (of `ahead` to touch per quad)
  * are constants at every call. */
-INLINE void part(const brim_row_sub *x, int64_t ldx, const char *w, int64_t line, int rows, int groups, int quad, int quads, const float *scale,
-                 const char *ahead, int64_t stride, int lines, v16f sum[QUAD_ROWS][4]) {
+INLINE void part(
+    const brim_row_sub *x, int64_t ldx, const char *w, int64_t line, int rows, int groups, int quad, int quads,
+    const float *scale, const char *ahead, int64_t stride, int lines, v16f sum[QUAD_ROWS][4]) {
     v16i acc[QUAD_ROWS][4];
     for (int r = 0; r < rows; r++) {
         const int32_t *start = x[r * ldx].start;
@@ -98,7 +99,8 @@ INLINE void sweep(const brim_quad_tile *t, int scales, int rows, int groups, int
     const brim_row_sub *x = t->x;
     const char *ahead = t->prefetch, *w = t->slice.w;
     const float *scale = t->slice.scale, *least = t->slice.least;
-    int64_t ldx = t->ldx, stride = t->stride, lanes = groups == 4 ? 64 : t->lanes, line = groups == 4 ? 256 : t->slice.quad_stride;
+    int64_t ldx = t->ldx, stride = t->stride;
+    int64_t lanes = groups == 4 ? 64 : t->lanes, line = groups == 4 ? 256 : t->slice.quad_stride;
     for (int r = 0; r < rows; r++)
         for (int g = 0; g < groups; g++) sum[r][g] = t->fresh ? splat(0.0f) : loadf(t->acc + r * PANEL + g * 16);
     for (int64_t s = 0; s < t->subs; s++, x++, w += t->slice.sub_stride) {

@@ -29,7 +29,8 @@ typedef struct {
     int fresh;            /* nonzero: start from zero; else continue from acc */
 } brim_quad_tile;
 
-/* scales: of the form; rows 1..QUAD_ROWS, groups 1 or 4 (with four, all lanes of the slice). Each result is summed in one order whatever the rows beside it. */
+/* scales: of the form; rows 1..QUAD_ROWS, groups 1 or 4 (with four, all lanes of the slice).
+ * Each result is summed in one order whatever the rows beside it. */
 typedef void brim_quad_fn(const brim_quad_tile *tile);
 brim_quad_fn *brim_quad_tile_for(int scales, int64_t rows, int64_t groups);
 #endif

@@ -138,7 +138,8 @@ void brim_quantized_embed(const brim_op *op, brim_thread *self) {
         brim_slice slice = brim_read_slice(form, base, width, lane / 16, 1, sub, 1, NULL, room);
         for (int k = 0; k < 32; k++) {
             uint8_t element = (uint8_t)slice.w[k / 4 * slice.quad_stride + lane % 16 * 4 + k % 4];
-            float x = slice.scale[(form->scales == SCALE_HALVES && k >= 16 ? 16 : 0) + lane % 16] * (float)(element - form->offset);
+            int64_t half = form->scales == SCALE_HALVES && k >= 16 ? 16 : 0;
+            float x = slice.scale[half + lane % 16] * (float)(element - form->offset);
             if (slice.least) x = x + slice.least[lane % 16];
             store1(op->out_dtype, op->p[2], row * op->n[3] + sub * 32 + k, op->flags ? x * op->f[0] : x);
         }
