@@ -20,14 +20,16 @@ class EngineAccount:
         self.reason = ""
         self.taken_s = 0.0
         self._engine = engine
+        self._was_healthy = False
         self._asking = asyncio.Lock()
 
     async def refresh(self, most_age_s: float = 0.0) -> None:
         """Ask the engine, unless what it said is younger than most_age_s."""
         async with self._asking:
-            if 0 <= time.time() - self.taken_s < most_age_s and (self.stats or not self._engine.is_healthy):
+            is_healthy = self._engine.is_healthy
+            if 0 <= time.time() - self.taken_s < most_age_s and is_healthy == self._was_healthy:
                 return
-            self.reason = ""
+            self._was_healthy, self.reason = is_healthy, ""
             try:
                 self.stats, self.memory = await self._engine.stats(), await self._engine.memory()
             except BrimError as error:

@@ -173,6 +173,7 @@ class HttpServer:
         if file is not None:
             file.set_state("serving")
         print(f"brim: serving {front.model_names[0]} at {self._url}/v1", file=sys.stderr, flush=True)
+        print(f"brim: the memory page is {self._url}/", file=sys.stderr, flush=True)
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -17,6 +17,7 @@ from tests.unit.server.conftest import CONFIG, Api
 
 from brim.engine.messages import StartupProgress
 from brim.engine.start_watch import StartWatch
+from brim.errors import EngineError
 from brim.memory.ledger import CATEGORIES
 from brim.server.engine_account import EngineAccount
 from brim.server.explanations import explain
@@ -147,6 +148,25 @@ def test_many_readers_cost_what_one_does(api: Api) -> None:
         assert asked == ["stats", "memory"]
         await account.refresh()  # a scrape is always fresh
         assert asked == ["stats", "memory"] * 2
+
+    asyncio.run(read())
+
+
+def test_an_engine_that_does_not_answer_is_asked_once_by_all_who_wait() -> None:
+    asked: list[str] = []
+
+    class Hung:
+        is_healthy = True
+
+        async def stats(self) -> dict[str, Any]:
+            asked.append("stats")
+            await asyncio.sleep(0.01)
+            raise EngineError("The engine did not answer.")
+
+    async def read() -> None:
+        account = EngineAccount(Hung())  # type: ignore[arg-type]
+        await asyncio.gather(*(account.refresh(60.0) for _ in range(5)))
+        assert (asked, account.reason, account.stats) == (["stats"], "The engine did not answer.", {})
 
     asyncio.run(read())
 
