@@ -24,4 +24,4 @@ if has_browser; then
 else
   echo "setup: the browser tests are left out; install chromium and chromium-driver to run them" >&2
 fi
-exec .venv/bin/python -m pytest "${chosen[@]}" "$@"
+exec .venv/bin/python -m pytest ${chosen[@]+"${chosen[@]}"} "$@"

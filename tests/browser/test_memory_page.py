@@ -228,6 +228,7 @@ def test_a_dead_engine_is_said_and_its_return_too(page: Page, demo: Server) -> N
     assert not page.find("#send").is_enabled()
     assert page.text("#ledger-sum").split(" held")[0] == held
     page.wait(lambda: "Restarting (" in page.text("#state-text"), "the start is followed")
+    assert "s so far; now " in page.text("#start-sum")
     assert page.run("return document.querySelectorAll('#phases tr').length") < 8
     page.wait_serving()
     assert page.text("#restarts") == "1"

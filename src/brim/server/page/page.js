@@ -95,8 +95,8 @@ function show(found) {
   else if (engine.state === "starting") state("starting", doing ? `Starting (${phase.name})` : "Starting");
   else state("down", phase ? `Restarting (${phase.name})` : "Not serving");
   const old = view.last && engine.state !== "starting" ? ` The figures below are of ${clock(view.last.taken_s)}.` : "";
-  tell(engine.state === "serving" ? engine.reason : `${engine.reason}${doing ? ` Now: ${doing}.` : ""}${memory ? "" : old}`);
-  showPhases(memory && engine.state === "serving" ? memory.phases : engine.phases, found);
+  tell(engine.state === "serving" ? engine.reason : `${engine.reason}${memory ? "" : old}`);  // an alert: no figure that moves
+  showPhases(memory && engine.state === "serving" ? memory.phases : engine.phases, doing);
   remember(found);
   if (memory) {
     view.last = found;
@@ -264,11 +264,10 @@ function drawChart() {
 
 // -- the start
 
-function showPhases(phases, found) {
+function showPhases(phases, doing) {
   if (!phases.length) return;
   const all = phases.reduce((sum, phase) => sum + phase.seconds, 0);
-  const isDone = phases.every((phase) => phase.is_done !== false);
-  put("start-sum", isDone && found.memory ? `${all.toFixed(2)} s in ${phases.length} phases.` : `${all.toFixed(1)} s so far.`);
+  put("start-sum", doing ? `${all.toFixed(1)} s so far; now ${doing}.` : `${all.toFixed(2)} s in ${phases.length} phases.`);
   $("phases").replaceChildren(...phases.map((phase) => {
     const share = make("span", { class: "share" });
     share.style.width = `${100 * phase.seconds / (all || 1)}%`;
