@@ -2,73 +2,86 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e import rank_main
 from tests.small_models import write_small_model
 
-from brim.parallel.gloo_ranks import free_port
+from brim.parallel.gloo_ranks import RankStore
 from brim.units import MIB
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+PATIENCE_S = 120
 
 
-def start_ranks(model: Path, *ranks: dict[str, Any], timeout_s: float = 60.0) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ForkServerContext]:
+    """Processes forked from one that has imported everything, so that torch is read once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([rank_main.__name__])
+    yield context
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("ranks") / "model")
+
+
+def start_ranks(processes: ForkServerContext, model: Path, *ranks: dict[str, Any]) -> list[dict[str, Any]]:
     """How each rank ended; "killed" where by a signal. None outlives the call."""
-    port = free_port()
-    common = {"size": len(ranks), "port": port, "timeout_s": timeout_s, "model": str(model), "max_model_len": 256}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.rank_main", json.dumps({**common, "index": index, "room_bytes": 64 * MIB, **rank})],
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-        )
-        for index, rank in enumerate(ranks)
-    ]
+    store = RankStore()
+    common = {"size": len(ranks), "port": store.port, "timeout_s": 60.0, "model": str(model), "max_model_len": 256}
+    started = []
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        for index, rank in enumerate(ranks):
+            here, there = processes.Pipe(duplex=False)
+            asked = {**common, "index": index, "room_bytes": 64 * MIB, **rank}
+            process = processes.Process(target=rank_main.main, args=(asked, there))
+            process.start()
+            there.close()
+            started.append((process, here))
+        return [_end_of(process, here) for process, here in started]
     finally:
-        for process in processes:
+        for process, here in started:
             process.kill()
-    return [{"error": "killed"} if p.returncode < 0 else json.loads(out) for p, out in zip(processes, outputs, strict=True)]
+            process.join()
+            here.close()
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_small_model(tmp_path / "model")
+def _end_of(process: Any, here: Any) -> dict[str, Any]:
+    process.join(PATIENCE_S)
+    assert process.exitcode is not None, "a rank waits for ever"
+    return {"error": "killed"} if process.exitcode == -signal.SIGKILL else here.recv()
 
 
-def test_four_ranks_take_what_the_poorest_can_give(model: Path) -> None:
+def test_four_ranks_take_what_the_poorest_can_give(processes: ForkServerContext, model: Path) -> None:
     rooms = (96, 48, 64, 80)
-    found = start_ranks(model, *({"room_bytes": room * MIB, "max_model_len": "auto"} for room in rooms))
+    found = start_ranks(processes, model, *({"room_bytes": room * MIB, "max_model_len": "auto"} for room in rooms))
     assert all("error" not in one for one in found), found
     for name in ("blocks", "capacity", "length"):
-        assert len({json.dumps(one[name]) for one in found}) == 1, name
-    (alone,) = start_ranks(model, {"room_bytes": 48 * MIB})
+        assert len({str(one[name]) for one in found}) == 1, name
+    (alone,) = start_ranks(processes, model, {"room_bytes": 48 * MIB})
     assert abs(found[0]["blocks"][0] - alone["blocks"][0]) <= alone["blocks"][0] // 8, "the poorest alone would have had as many"
     assert all(one["over_bytes"] <= 0 for one in found)
 
 
-@pytest.mark.parametrize("phase", ["load", "prove"])
-def test_a_rank_that_fails_tells_the_other_why(model: Path, phase: str) -> None:
-    first, second = start_ranks(model, {}, {"phase": phase, "how": "raise"})
+@pytest.mark.parametrize("phase", ["open", "load", "reserve", "warm", "measure", "capture", "commit", "prove"])
+def test_a_rank_that_fails_tells_the_other_why(processes: ForkServerContext, model: Path, phase: str) -> None:
+    first, second = start_ranks(processes, model, {}, {"phase": phase, "how": "raise"})
     assert (second["error"], second["message"]) == ("ValueError", "scripted")
     assert (first["error"], first["message"]) == ("RankFailed", f"Rank 1 failed in the phase {phase}: ValueError: scripted.")
 
 
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_that_dies_is_noticed(model: Path, dies: int) -> None:
+@pytest.mark.parametrize("dies", [0, 3])
+def test_a_rank_that_dies_is_noticed_by_all(processes: ForkServerContext, model: Path, dies: int) -> None:
     fault = {"phase": "measure", "how": "kill"}
-    found = start_ranks(model, *(fault if index == dies else {} for index in range(2)))
-    assert found[dies]["error"] == "killed"
-    assert found[1 - dies]["error"] == "RankFailed" and f"Rank {dies}" in found[1 - dies]["message"]
-
-
-def test_a_rank_that_never_comes_is_noticed(model: Path) -> None:
-    ((only, _)) = start_ranks(model, {"size": 3}, {"size": 3, "index": 1}, timeout_s=5.0)
-    assert only["error"] == "RankFailed" and "3 ranks did not come together" in only["message"]
+    found = start_ranks(processes, model, *(fault if index == dies else {} for index in range(4)))
+    assert found.pop(dies) == {"error": "killed"}
+    assert found == [{"error": "RankFailed", "message": f"Rank {dies} is gone: no word was left."}] * 3

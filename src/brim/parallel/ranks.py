@@ -1,31 +1,25 @@
 """What several ranks agree on before anything is built from it: always the least. Owns the words they exchange, and how a rank
-that fails tells the others why. How words travel is a subclass's.
+that leaves tells the others why. How words travel is a subclass's.
 
-Every rank makes the same exchanges in the same order. A rank that fails takes part in one more exchange, with its reason in place
-of figures, and leaves; the others raise RankFailed there, whatever they were about to agree on.
+Every rank makes the same exchanges in the same order. A rank that fails says why and leaves; the others raise RankFailed with its
+words, in the exchange they are in or come to next, and leave with the same words.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from brim.errors import EngineError, RankFailed
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class RankWord:
-    """What one rank says in an exchange. about: what is being agreed on; reason: why this rank cannot go on, "" where it can."""
+class RankWord(msgspec.Struct, frozen=True):
+    """What one rank says in an exchange. about: what is being agreed on."""
 
     about: str
-    values: tuple[int, ...] = ()
-    reason: str = ""
+    values: tuple[int, ...]
 
 
 class Ranks(ABC):
@@ -34,10 +28,6 @@ class Ranks(ABC):
     index: int
     size: int
 
-    @abstractmethod
-    def _exchange(self, word: bytes) -> list[bytes]:
-        """The words of all ranks, in their order. Raises RankFailed where one does not answer in time."""
-
     def minimum(self, about: str, values: Sequence[int]) -> tuple[int, ...]:
         """Each value's least over all ranks. Raises RankFailed where a rank failed or is gone.
 
@@ -45,34 +35,34 @@ class Ranks(ABC):
         """
         if self.size == 1:
             return tuple(values)
-        words = self._words(RankWord(about, tuple(values)))
+        mine = msgspec.msgpack.encode(RankWord(about, tuple(values)))
+        words = [msgspec.msgpack.decode(word, type=RankWord) for word in self._exchange(mine)]
         if any(word.about != about or len(word.values) != len(values) for word in words):
             raise EngineError(f"Ranks do not agree on what to agree on: {', '.join(sorted({word.about for word in words}))}.")
         return tuple(min(column) for column in zip(*(word.values for word in words), strict=True))
 
-    def least(self, about: str, choice: T, ordered: Sequence[T]) -> T:
-        """The choice that stands first in `ordered` over all ranks."""
-        (place,) = self.minimum(about, [ordered.index(choice)])
-        return ordered[place]
-
     def fail(self, about: str, error: BaseException) -> None:
-        """Tell the others why this rank leaves; never raises. A rank that leaves because another one did says nothing."""
-        if self.size > 1 and not isinstance(error, RankFailed):
-            try:
-                self._words(RankWord(about, reason=f"{type(error).__name__}: {error}"))
-            except (RankFailed, EngineError):  # others failed too, or are gone
-                return
+        """Leave, and let the others know why; never raises. What another rank failed of is passed on as it is."""
+        if self.size > 1:
+            why = str(error).rstrip(".")
+            passed_on = isinstance(error, RankFailed)
+            self._leave(str(error) if passed_on else f"Rank {self.index} failed in {about}: {type(error).__name__}: {why}.")
 
-    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
-        """Leave. Peers that wait for this rank are told that it is gone, as soon as the transport notices."""
+    def heed(self) -> None:  # noqa: B027  (to learn of failures in exchanges alone is a fine default)
+        """Raise RankFailed where a peer is known to have failed. Waits for nobody; for the time between exchanges."""
 
-    def _words(self, word: RankWord) -> list[RankWord]:
-        decode = msgspec.msgpack.Decoder(RankWord).decode
-        words = [decode(one) for one in self._exchange(msgspec.msgpack.encode(word))]
-        failed = [(index, one) for index, one in enumerate(words) if one.reason]
-        if failed:
-            raise RankFailed(" ".join(f"Rank {index} failed in {one.about}: {one.reason.rstrip('.')}." for index, one in failed))
-        return words
+    def close(self) -> None:
+        """Leave without a word, unless this rank has left before."""
+        if self.size > 1:
+            self._leave("")
+
+    @abstractmethod
+    def _exchange(self, word: bytes) -> list[bytes]:
+        """The words of all ranks, in their order. Raises RankFailed where one left, or does not answer in time."""
+
+    @abstractmethod
+    def _leave(self, why: str) -> None:
+        """Peers that wait for this rank, now or later, raise RankFailed(why). Never raises; only the first call counts."""
 
 
 class OneRank(Ranks):
@@ -82,3 +72,20 @@ class OneRank(Ranks):
 
     def _exchange(self, word: bytes) -> list[bytes]:
         return [word]
+
+    def _leave(self, why: str) -> None:
+        return
+
+
+def said(reasons: Iterable[str]) -> str:
+    """What ranks left behind, each reason once; "" where none gave any."""
+    return " ".join(dict.fromkeys(reason for reason in reasons if reason))
+
+
+def silent(missing: Sequence[int], timeout_s: float | None = None) -> str:
+    """That ranks left without a word, or did not answer within timeout_s."""
+    many = len(missing) > 1
+    who = f"Rank{'s' * many} {', '.join(map(str, missing))}"
+    if timeout_s is None:
+        return f"{who} {'are' if many else 'is'} gone: no word was left."
+    return f"{who} did not answer within {timeout_s:g} s."

@@ -1,11 +1,14 @@
-"""Ranks that are threads of one process: for scripted devices and tests. Owns the meeting point; nothing travels."""
+"""Ranks that are threads of one process: for scripted devices and tests. Owns the meeting point; nothing travels.
+
+An exchange ends when every rank has spoken in it or left, so that what each rank learns does not depend on who is faster.
+"""
 
 from __future__ import annotations
 
 from threading import Condition
 
 from brim.errors import RankFailed
-from brim.parallel.ranks import Ranks
+from brim.parallel.ranks import Ranks, said, silent
 
 
 class ThreadMeeting:
@@ -13,30 +16,31 @@ class ThreadMeeting:
 
     def __init__(self, size: int, timeout_s: float = 30.0) -> None:
         self._changed = Condition()
-        self._rounds: list[dict[int, bytes]] = [{}]
-        self._left: set[int] = set()
+        self._rounds: list[dict[int, bytes]] = []
+        self._left: dict[int, str] = {}
         self._timeout_s = timeout_s
         self.ranks = tuple(ThreadRanks(self, index, size) for index in range(size))
 
     def meet(self, index: int, number: int, word: bytes) -> list[bytes]:
         """All words of a round, once all are there. Raises RankFailed where somebody left before, or takes too long."""
-        size = len(self.ranks)
+        everybody = range(len(self.ranks))
         with self._changed:
             while len(self._rounds) <= number:
                 self._rounds.append({})
             words = self._rounds[number]
             words[index] = word
             self._changed.notify_all()
-            self._changed.wait_for(lambda: len(words) == size or self._left - words.keys(), self._timeout_s)
-            if len(words) == size:
-                return [words[rank] for rank in range(size)]
-            missing = ", ".join(str(rank) for rank in range(size) if rank not in words)
-        raise RankFailed(f"Rank {missing} is gone, or did not answer within {self._timeout_s:g} s; rank {index} cannot go on.")
+            in_time = self._changed.wait_for(lambda: all(r in words or r in self._left for r in everybody), self._timeout_s)
+            missing = [rank for rank in everybody if rank not in words]
+            if not missing:
+                return [words[rank] for rank in everybody]
+            why = said(self._left.get(rank, "") for rank in missing)
+        raise RankFailed(why or silent(missing, None if in_time else self._timeout_s))
 
-    def leave(self, index: int) -> None:
-        """Whoever waits for this rank, now or later, learns that it is gone."""
+    def leave(self, index: int, why: str) -> None:
+        """Whoever waits for this rank, now or later, learns that it left."""
         with self._changed:
-            self._left.add(index)
+            self._left.setdefault(index, why)
             self._changed.notify_all()
 
 
@@ -52,6 +56,5 @@ class ThreadRanks(Ranks):
         self._num_exchanges += 1
         return self._meeting.meet(self.index, self._num_exchanges - 1, word)
 
-    def close(self) -> None:
-        """See Ranks."""
-        self._meeting.leave(self.index)
+    def _leave(self, why: str) -> None:
+        self._meeting.leave(self.index, why)

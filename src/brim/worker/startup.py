@@ -50,7 +50,7 @@ from brim.worker.phases import (
     warm,
 )
 from brim.worker.precompile import compile_ahead
-from brim.worker.rank_agreement import agree_on_arena, agree_on_settings
+from brim.worker.rank_agreement import agree_on_arena, agree_on_settings, agree_on_step_sizes
 from brim.worker.sampler import Sampler
 from brim.worker.step_inputs import StepInputs
 from brim.worker.step_sizes import exact_sizes, predicted_graph_bytes, rounded_sizes
@@ -86,6 +86,7 @@ def start_worker(
     def noted(progress: StartupProgress) -> None:
         phase[0] = progress.phase
         on_progress(progress)
+        ranks.heed()
 
     try:
         return _start(config, platform, make_kernels, source, noted, compile_backend, make_model, ranks)
@@ -109,9 +110,12 @@ def _start(
     on_progress(StartupProgress("open", "reading the device"))
     with platform.stream(), profiler.phase("open", "context", "kernels and their scratch"):
         compiling = choose_compile(config.device, model_device, compile_backend)
-        kernels = compiling.kernels(make_kernels(_step_sizes(config, platform.default_limits())[0]), model_device)
-        kernels.start_libraries()
         agree_on_arena(platform, ranks)
+        num_seqs, num_tokens = agree_on_step_sizes(*_step_sizes(config, platform.default_limits()), ranks)
+        sized = replace(config.scheduler, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+        config = replace(config, scheduler=sized)
+        kernels = compiling.kernels(make_kernels(num_seqs), model_device)
+        kernels.start_libraries()
         settings = agree_on_settings(config, lambda one: plan_start(one, platform, kernels, source), ranks)
         settings = replace(settings, compiling=compiling)
         platform.set_cap(settings.plan.ceiling_bytes)

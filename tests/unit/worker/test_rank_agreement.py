@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from brim.config.schema import GraphMode
 from brim.engine.messages import StartupProgress
 from brim.errors import BrimError, MemoryBudgetError, OutOfDeviceMemory, RankFailed
 from brim.kernels.base import Kernels
 from brim.kernels.scripted import ScriptedKernels
 from brim.models.base import Model
 from brim.models.scripted import ScriptedModel
-from brim.parallel.ranks import Ranks
+from brim.parallel.ranks import OneRank, Ranks
 from brim.parallel.thread_ranks import ThreadMeeting
 from brim.platforms.scenario import PHASES, Scenario, scenario_of
-from brim.platforms.scripted_platform import scripted_platform
+from brim.platforms.scripted_platform import ScriptedPlatform, scripted_platform
 from brim.units import GIB
 from brim.worker.device_worker import DeviceWorker
+from brim.worker.graph_choice import GraphChoice
 from brim.worker.phases import StartSettings
+from brim.worker.rank_agreement import agree_on_graphs, agree_on_step_sizes
 from brim.worker.rank_group import RankGroup
 from brim.worker.scripted_start import config_of, device_of, source_of, start_scripted
 from brim.worker.startup import start_worker
@@ -41,9 +45,11 @@ def scenario(ranks: int = 2, *changes: dict[str, Any], device: dict[str, Any] | 
     return scenario_of(document, "test")
 
 
-def start_failing(one: Scenario, ranks: Ranks, fails_in: str) -> DeviceWorker | BaseException:
+def start_failing(
+    one: Scenario, ranks: Ranks, fails_in: str, platform: ScriptedPlatform | None = None
+) -> DeviceWorker | BaseException:
     """A rank that raises when a phase begins ("": none)."""
-    platform = scripted_platform(device_of(one))
+    platform = platform or scripted_platform(device_of(one))
 
     def make_model(kernels: Kernels, made: StartSettings) -> Model:
         allocate = platform.runtime.allocator.allocate
@@ -87,6 +93,57 @@ def test_the_context_that_fits_everywhere_is_the_shortest() -> None:
     found = start_scripted(scenario(2, {"rank": 1, "neighbour": "7.5GiB"}, max_model_len="auto"))
     lengths = [one.worker.ready.plan.limits.max_model_len for one in (alone, *found.all_ranks) if one.worker is not None]
     assert len(lengths) == 3 and len(set(lengths)) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "FULL_DECODE_ONLY"),
+        ("FULL", "FULL_DECODE_ONLY", "FULL_DECODE_ONLY"),
+        ("FULL", "PIECEWISE", "NONE"),
+        ("PIECEWISE", "FULL_AND_PIECEWISE", "PIECEWISE"),
+        ("FULL", "FULL", "FULL"),
+    ],
+)
+def test_graphs_are_what_all_ranks_capture(first: GraphMode, second: GraphMode, both: GraphMode) -> None:
+    """A rank may fall back by itself: no other is asked for what it cannot capture."""
+    captured: list[list[GraphMode]] = [[], []]
+
+    def agree(ranks: Ranks) -> GraphMode:
+        def capture(choice: GraphChoice) -> GraphChoice:
+            captured[ranks.index].append(choice.mode)
+            return choice
+
+        return agree_on_graphs(GraphChoice((first, second)[ranks.index], ""), capture, ranks).mode
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(agree, ThreadMeeting(2, 5.0).ranks)) == [both, both]
+    assert captured == [[both] * (mode != both) for mode in (first, second)]
+
+
+def test_the_largest_step_is_one_that_all_ranks_form() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = list(
+            pool.map(lambda ranks: agree_on_step_sizes(*((256, 4096), (64, 8192))[ranks.index], ranks), ThreadMeeting(2).ranks)
+        )
+    assert found == [(64, 4096)] * 2
+
+
+@pytest.mark.parametrize("phase", STARTING)
+def test_a_start_that_another_rank_ends_leaves_nothing_behind(phase: str) -> None:
+    one, meeting = scenario(2), ThreadMeeting(2)
+    platforms = [scripted_platform(device_of(one)) for _ in range(3)]
+    worker = start_failing(one, OneRank(), "", platforms[2])
+    assert isinstance(worker, DeviceWorker)
+    worker.close()
+    with ThreadPoolExecutor(2) as pool:
+        ends = pool.map(lambda ranks: str(start_failing(one, ranks, phase * ranks.index, platforms[ranks.index])), meeting.ranks)
+        assert list(ends) == [f"Rank 1 failed in the phase {phase}: ValueError: scripted.", "scripted"]
+    gc.collect()
+    for platform in platforms:
+        platform.release_unused()
+        assert platform.device.ours.get("arena", 0) == 0
+        assert platform.device.ours_bytes <= platforms[2].device.ours_bytes, "more than a worker that was closed leaves"
 
 
 def test_static_on_one_is_static_on_all() -> None:
