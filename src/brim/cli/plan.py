@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from brim.cli import scenarios
 from brim.cli.options import ENGINE_GROUPS, build_config, with_settings
 
-EXIT_DID_NOT_HOLD = 1
-EXIT_USAGE = 2
 _NO_SETTINGS = ("device", "tokenizer", "chat_template", "seed", "load_format")
 
 
@@ -47,14 +46,14 @@ def plan(
     Exit status: 0 all fits (all holds), 1 something does not, 2 wrong usage.
     """
     if scenario:
-        _play(scenario, as_json)
+        scenarios.play(scenario, as_json=as_json)
         return
     if check:
         _check(models or [], as_json)
         return
     if not models:
         print("brim: `brim plan` needs a MODEL, --check or --scenario FILE.", file=sys.stderr)
-        raise typer.Exit(EXIT_USAGE)
+        raise typer.Exit(scenarios.EXIT_USAGE)
     from brim.runtime import plan_starts
 
     found = plan_starts([build_config(model, settings) for model in models], device or ["this"])
@@ -70,7 +69,7 @@ def plan(
         print_plans(found, sys.stdout)
     sys.stdout.flush()
     if not all(one["fits"] for one in found["plans"]):
-        raise typer.Exit(EXIT_DID_NOT_HOLD)
+        raise typer.Exit(scenarios.EXIT_DID_NOT_HOLD)
 
 
 def _check(folders: list[str], as_json: bool) -> None:
@@ -84,19 +83,3 @@ def _check(folders: list[str], as_json: bool) -> None:
             print(json.dumps(found, indent=2))
         else:
             print_errors(found, sys.stdout)
-
-
-def _play(scenario: list[Path], as_json: bool) -> None:
-    from brim.cli.scenario_table import print_scenario, print_scenarios
-    from brim.runtime import play_scenario
-
-    found = [{"file": str(path), **play_scenario(path)} for path in scenario]
-    if as_json:
-        print(json.dumps(found, indent=2))
-    elif len(found) == 1:
-        print_scenario(found[0], sys.stdout)
-    else:
-        print_scenarios(found, sys.stdout)
-    sys.stdout.flush()
-    if not all(one["ok"] for one in found):
-        raise typer.Exit(EXIT_DID_NOT_HOLD)
