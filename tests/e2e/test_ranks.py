@@ -62,12 +62,12 @@ def _end_of(process: Any, here: Any) -> dict[str, Any]:
 
 
 def test_four_ranks_take_what_the_poorest_can_give(processes: ForkServerContext, model: Path) -> None:
-    rooms = (96, 48, 64, 80)
+    rooms = (192, 96, 128, 160)  # a start in a fresh process takes some 46 MiB before the KV cache gets any
     found = start_ranks(processes, model, *({"room_bytes": room * MIB, "max_model_len": "auto"} for room in rooms))
     assert all("error" not in one for one in found), found
     for name in ("blocks", "capacity", "length"):
         assert len({str(one[name]) for one in found}) == 1, name
-    (alone,) = start_ranks(processes, model, {"room_bytes": 48 * MIB})
+    (alone,) = start_ranks(processes, model, {"room_bytes": min(rooms) * MIB})
     assert abs(found[0]["blocks"][0] - alone["blocks"][0]) <= alone["blocks"][0] // 8, "the poorest alone would have had as many"
     assert all(one["over_bytes"] <= 0 for one in found)
 
