@@ -140,6 +140,12 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def without_path(argument: str) -> str:
+    """The argument as the record shows it: where an interpreter lies is this machine's own."""
+    engine, equals, _ = argument.partition("=")
+    return f"{engine}=PATH" if equals and engine in ENGINES else argument
+
+
 def main() -> int:
     """Measure, print and record."""
     options = parse_options()
@@ -148,7 +154,7 @@ def main() -> int:
     missing = sorted(set(options.engines) - set(engines))
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "benchmarks/peers_cpu.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/peers_cpu.py", *map(without_path, sys.argv[1:])]),
         **machine(),
         "not_installed": missing,
         "models": {},
