@@ -1,7 +1,8 @@
 """Which tokens the next step computes. Owns continuous batching: admission, decodes and prefill chunks, preemption, and what a
 step's result means for its sequences. Never touches the device.
 
-    schedule()   running sequences in order of age: each takes its one token or its next chunk, and the blocks for it; one
+    schedule()   running sequences in order of age: each takes its one token or its next chunk (of a prompt longer than a step,
+                 beside decodes, no more than `chunk_pace` allows), and the blocks for it; one
                  that cannot get a block preempts the youngest, so the oldest always moves. Then waiting ones, first come first
                  served, while rows, tokens and the blocks of their whole next chunk are there.
     update()     settles a step: appends tokens, stops sequences, makes full blocks findable, releases blocks.
@@ -17,6 +18,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from brim.engine.block_manager import BlockManager
+from brim.engine.chunk_pace import ChunkBudget, ChunkPace
 from brim.engine.limits import EngineLimits
 from brim.engine.messages import FinishReason, PositionLogprobs, SequenceOutput
 from brim.engine.sequence import Sequence, SequenceStatus
@@ -43,8 +45,9 @@ class SchedulerCounters:
 class Scheduler:
     """Continuous batching over one block manager and one sequence table."""
 
-    def __init__(self, limits: EngineLimits, blocks: BlockManager, table: SequenceTable) -> None:
+    def __init__(self, limits: EngineLimits, blocks: BlockManager, table: SequenceTable, pace: ChunkPace | None = None) -> None:
         self.limits = limits
+        self._pace = pace or ChunkPace(limits)
         self.blocks = blocks
         self.table = table
         self.counters = SchedulerCounters()
@@ -122,24 +125,24 @@ class Scheduler:
         if len(self._in_flight) >= self.limits.pipeline_depth:
             return None
         builder = StepBuilder(self._next_step_id)
-        chunk_budget, someone_short = self._schedule_running(builder)
-        if not someone_short:
-            self._admit(builder, chunk_budget)
+        num_decodes = sum([s.num_tokens + s.num_pending_tokens - s.num_computed_tokens == 1 for s in self._running])
+        budget = self._pace.budget(num_decodes, len(self._waiting))
+        if self._schedule_running(builder, budget):
+            self._admit(builder, budget)
         if builder.is_empty:
             return None
         plan = builder.build(self.table)
+        self._pace.planned(num_decodes, budget)
         self._in_flight[plan.step_id] = plan
         self._next_step_id += 1
         self.counters.num_steps += 1
         self.counters.num_scheduled_tokens += plan.num_tokens
         return plan
 
-    def _schedule_running(self, builder: StepBuilder) -> tuple[int, bool]:
-        """Every running sequence, oldest first. Returns the tokens left for new ones, and whether one lacked blocks."""
+    def _schedule_running(self, builder: StepBuilder, budget: ChunkBudget) -> bool:
+        """Every running sequence, oldest first. False where one lacked blocks."""
         running, add_decode = self._running, builder.add_decode
-        num_decodes = sum([s.num_tokens + s.num_pending_tokens - s.num_computed_tokens == 1 for s in running])
-        chunk_budget = self.limits.max_num_batched_tokens - num_decodes
-        someone_short = False
+        all_served = True
         index = 0
         while index < len(running):  # preemption takes from the end
             seq = running[index]
@@ -151,18 +154,18 @@ class Scheduler:
                 continue
             if missing == 1:
                 if seq.num_computed_tokens >= seq.num_slots and not self._make_room(seq):
-                    someone_short = True
+                    all_served = False
                 else:
                     add_decode(seq)
-            elif chunk_budget > 0:
-                chunk = self._room_for_chunk(seq, min(missing, chunk_budget))
+            elif (most := budget.room(seq)) > 0:
+                chunk = self._room_for_chunk(seq, min(missing, most))
                 if chunk:
                     self.blocks.append_slots(seq, chunk)
                     builder.add_chunk(seq, chunk)
-                    chunk_budget -= chunk
+                    budget.take(seq, chunk)
                 else:
-                    someone_short = True
-        return chunk_budget, someone_short
+                    all_served = False
+        return all_served
 
     def _make_room(self, sequence: Sequence) -> bool:
         """One more slot for a decode, preempting younger sequences for it; False: not in this step."""
@@ -192,15 +195,15 @@ class Scheduler:
         self._end_row(victim)
         self._waiting.push(victim)
 
-    def _admit(self, builder: StepBuilder, chunk_budget: int) -> None:
+    def _admit(self, builder: StepBuilder, budget: ChunkBudget) -> None:
         """Waiting sequences in order, until the first that finds no row, tokens or blocks: nobody overtakes it."""
         limits = self.limits
-        while chunk_budget > 0 and self.table.num_free_rows and (seq := self._waiting.first()) is not None:
+        while self.table.num_free_rows and (seq := self._waiting.first()) is not None and (most := budget.room(seq)) > 0:
             if seq.last_step_id in self._in_flight:
                 break
             prefix = self.blocks.find_prefix(seq)
             missing = seq.num_tokens - prefix.num_tokens
-            chunk = min(missing, chunk_budget)
+            chunk = min(missing, most)
             if chunk < min(missing, limits.max_num_batched_tokens) and not limits.enable_chunked_prefill:
                 break
             room = self.blocks.max_new_tokens(seq, chunk, prefix)
@@ -216,7 +219,7 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             insort(self._running, seq, key=lambda s: s.order)
             builder.add_chunk(seq, room)
-            chunk_budget -= room
+            budget.take(seq, room)
 
     # -- settling a step
 
@@ -224,6 +227,7 @@ class Scheduler:
         """Settle the oldest step in flight: what each of its sequences got from it."""
         assert next(iter(self._in_flight)) == plan.step_id, "steps are settled in order"
         del self._in_flight[plan.step_id]
+        self._pace.settled()
         outputs: list[SequenceOutput] = []
         for index, reason in result.failed.items():
             output = self.finish(plan.sequences[index].request_id, "error", reason, "RequestFailed")
@@ -287,6 +291,7 @@ class Scheduler:
         """The steps in flight did not run, or not to their end: their sequences go back to where they were before them."""
         plans = list(self._in_flight.values())
         self._in_flight.clear()
+        self._pace.forget()
         self.counters.num_cancelled_steps += len(plans)
         for plan in plans:
             for seq, count in zip(plan.sequences, plan.query_lens.tolist(), strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from brim.engine.block_manager import BlockManager
+from brim.engine.chunk_pace import ChunkPace
 from brim.engine.core import EngineCore
 from brim.engine.fake_executor import FakeExecutor
 from brim.engine.kv_guard import KVGuard
@@ -89,6 +90,7 @@ def make_rig(
     max_failed_steps: int = 5,
     unit_blocks: int = 1,
     vocab_size: int = VOCAB_SIZE,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Rig:
     layout = layout_of(windows)
     counts = [num_blocks] * len(windows) if isinstance(num_blocks, int) else list(num_blocks)
@@ -100,7 +102,8 @@ def make_rig(
         pipeline_depth=depth,
     )
     table = SequenceTable(max_num_seqs, max_model_len, layout)
-    scheduler = Scheduler(limits, BlockManager(layout, counts, table, enable_prefix_caching=prefix_caching), table)
+    blocks = BlockManager(layout, counts, table, enable_prefix_caching=prefix_caching)
+    scheduler = Scheduler(limits, blocks, table, ChunkPace(limits, clock))
     executor = FakeExecutor(layout, counts, vocab_size=vocab_size, eos_token_ids=(EOS,), faults=faults, unit_blocks=unit_blocks)
     guard = KVGuard(scheduler, executor, check_interval_steps=check_interval_steps)
     core = EngineCore(
