@@ -13,9 +13,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
+from model_shapes import GEMMA_3_270M, QWEN3_0_6B, ModelShape
 from torch import Tensor
 
 from brim.kernels.base import AttentionBatch, LinearWeight, SamplingBatch
@@ -25,30 +25,9 @@ from brim.kernels.select import select_kernels
 CACHE_BYTES = 160 << 20  # more than any last-level cache here: copies of a matrix are cycled through
 
 
-@dataclass(frozen=True)
-class ModelShapes:
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    layers: int
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """name -> (out_features, in_features) of one layer."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        return {
-            "qkv": (qkv, self.hidden),
-            "o": (self.hidden, self.heads * self.head_dim),
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
-
-
 MODELS = {
-    "demo": ModelShapes(640, 2048, 4, 1, 256, 262144, 18),
-    "qwen3-0.6b": ModelShapes(1024, 3072, 16, 8, 128, 151936, 28),
+    "demo": GEMMA_3_270M,
+    "qwen3-0.6b": QWEN3_0_6B,
 }
 
 
@@ -115,7 +94,7 @@ class Bench:
         text += f" {speed / 1e9:7.1f} GFLOP/s ({speed / self.limits.ops_per_s:4.0%})"
         print(text + (f"  {theirs / seconds:5.2f} x torch" if theirs else ""), flush=True)
 
-    def whole_model(self, name: str, shapes: ModelShapes, all_rows: list[int]) -> None:
+    def whole_model(self, name: str, shapes: ModelShape, all_rows: list[int]) -> None:
         """All products of a step; the LM head runs for one row a sequence (M rows up to 16, one row for a prefill)."""
         layers = [
             {k: filled(self.kernels, n, d, self.dtype) for k, (n, d) in shapes.linears().items()} for _ in range(shapes.layers)
@@ -138,7 +117,7 @@ class Bench:
             ops = 2 * rows * sum(n * d for n, d in shapes.linears().values()) * shapes.layers
             self.report(f"{name} whole model", rows, seconds, 0.0, total, ops + 2 * logit_rows * shapes.vocab * shapes.hidden)
 
-    def attention(self, name: str, shapes: ModelShapes) -> None:
+    def attention(self, name: str, shapes: ModelShape) -> None:
         for query_len, seqs, length in ((1, 1, 1024), (1, 8, 1024), (128, 1, 128), (512, 1, 1024)):
             q, cache, batch = attention_inputs(shapes, query_len, seqs, length, self.dtype)
             out = torch.empty_like(q)
@@ -148,7 +127,7 @@ class Bench:
             read = seqs * length * 2 * shapes.kv_heads * shapes.head_dim * self.dtype.itemsize
             self.report(f"{name} attn {seqs}x{query_len}@{length}", query_len * seqs, seconds, 0.0, read, ops)
 
-    def logits(self, name: str, shapes: ModelShapes) -> None:
+    def logits(self, name: str, shapes: ModelShape) -> None:
         kinds = (("greedy", 0, 1.0, True), ("t=1", 0, 1.0, False), ("k=50 p=.9", 50, 0.9, False), ("p=.95", 0, 0.95, False))
         for rows in (1, 8):
             source = torch.randn(rows, shapes.vocab) * 3
@@ -168,7 +147,7 @@ class Bench:
 
 
 def attention_inputs(
-    shapes: ModelShapes, query_len: int, seqs: int, length: int, dtype: torch.dtype
+    shapes: ModelShape, query_len: int, seqs: int, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, AttentionBatch]:
     blocks = -(-length // 16)
     pool = torch.randn(blocks * seqs, 4, 2, 16, shapes.kv_heads, shapes.head_dim).to(dtype)

@@ -1,4 +1,4 @@
-"""What the GPU kernel benchmarks share: model shapes, paged caches, graph timing. Owns no figures."""
+"""What the GPU kernel benchmarks share: paged caches, graph timing. Owns no figures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from model_shapes import LLAMA_3_1_8B, QWEN3_0_6B, ModelShape
 from torch import Tensor
 
 from brim.kernels.base import AttentionBatch
@@ -15,32 +16,9 @@ L2_BYTES = 120 << 20  # more than twice the cache: what is cycled through must e
 BLOCK_SIZE = 16
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a dense decoder."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    layers: int
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """name -> (out_features, in_features) of one layer."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        return {
-            "qkv": (qkv, self.hidden),
-            "o": (self.hidden, self.heads * self.head_dim),
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
-
-
 MODELS = {
-    "llama-3.1-8b": ModelShape(4096, 14336, 32, 8, 128, 128256, 32),
-    "qwen3-0.6b": ModelShape(1024, 3072, 16, 8, 128, 151936, 28),
+    "llama-3.1-8b": LLAMA_3_1_8B,
+    "qwen3-0.6b": QWEN3_0_6B,
 }
 
 

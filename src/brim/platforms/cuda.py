@@ -22,7 +22,6 @@ import torch
 from brim.errors import BrimError, DeviceError
 from brim.platforms.base import Capabilities
 from brim.platforms.cuda_driver import CudaDriver
-from brim.platforms.device_view import DeviceArray
 from brim.platforms.nvml import Nvml
 from brim.platforms.process_share import ProcessShare
 from brim.platforms.torch_platform import ALL_MODES, DeviceMemory, TorchPlatform, first_line
@@ -109,12 +108,6 @@ class CudaPlatform(TorchPlatform):
         free_bytes, total_bytes = self._runtime.mem_get_info(self._index)
         return DeviceMemory(free_bytes, total_bytes, complaint=_SPILLS if self._is_wsl else "")
 
-    def _new_graph(self) -> Any:
-        return self._runtime.CUDAGraph()
-
-    def _begin(self, graph: Any) -> None:
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
     def _is_lost(self, first_line: str) -> bool:
         return first_line.startswith(_LOST_PREFIXES) or "CUDA driver error" in first_line
 
@@ -123,10 +116,6 @@ class CudaPlatform(TorchPlatform):
         if isinstance(error, RuntimeError) and any(words in first_line(error) for words in _REFUSED_LAUNCHES):
             return DeviceError(f"The device refuses the work: {first_line(error)}")
         return super().as_brim_error(error)
-
-    def memory_view(self, address: int, num_bytes: int) -> torch.Tensor:
-        """Through the array interface: the first page must be backed by memory, the others may be later."""
-        return torch.as_tensor(DeviceArray(address, num_bytes), device=self.torch_device())
 
     def virtual_memory(self) -> CudaDriver:
         """The driver's virtual memory calls."""
@@ -146,20 +135,13 @@ class CudaPlatform(TorchPlatform):
             "driver_cuda": (self._nvml.cuda_version() if self._nvml else None) or "unknown",
             "cuda": torch.version.cuda,
             "torch": version("torch"),
-            "total_bytes": now.total_bytes,
-            "limit_source": now.limit_source,
-            "trusted_readings": now.trusted,
-            "ours_read_from": self._share.source,
+            **self._describe_share(now),
             "ours_bytes": now.ours_bytes,
             "own_account_bytes": self._share.own_account(self._runtime.mem_get_info(self._index)[0], self._arena_beside_bytes()),
             "free_before_context_bytes": self._share.free_before_bytes,
             "free_after_context_bytes": self._share.free_after_bytes,
-            "context_bytes": self._share.context_bytes,
-            "context_known_by": "measured" if self._share.context_is_measured else "predicted",
             "error_correction": self._nvml.error_correction() if self._nvml else None,
             "is_slice": bool(self._nvml and self._nvml.is_slice),
-            "is_integrated": self._is_integrated,
-            "is_wsl": self._is_wsl,
         }
 
 

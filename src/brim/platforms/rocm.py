@@ -24,7 +24,6 @@ import torch
 from brim.errors import DeviceError
 from brim.platforms.amdsmi import Amdsmi
 from brim.platforms.base import Capabilities
-from brim.platforms.device_view import DeviceArray
 from brim.platforms.hip_driver import HipDriver, loaded_runtime
 from brim.platforms.process_share import ProcessShare
 from brim.platforms.torch_platform import ALL_MODES, DeviceMemory, TorchPlatform, Zeros, torch_zeros
@@ -130,18 +129,8 @@ class RocmPlatform(TorchPlatform):
             free_bytes, source = max(0, total_bytes - self._least_known()), "what we do not hold ourselves"
         return DeviceMemory(free_bytes, total_bytes, source, "; ".join(complaints))
 
-    def _new_graph(self) -> Any:
-        return self._runtime.CUDAGraph()
-
-    def _begin(self, graph: Any) -> None:
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
     def _is_lost(self, first_line: str) -> bool:
         return first_line.startswith(("HIP error", "CUDA error", "Triton Error [HIP]")) or "HSA_STATUS_ERROR" in first_line
-
-    def memory_view(self, address: int, num_bytes: int) -> torch.Tensor:
-        """Through the array interface: the first page must be backed by memory, the others may be later."""
-        return torch.as_tensor(DeviceArray(address, num_bytes), device=self.torch_device())
 
     def virtual_memory(self) -> HipDriver:
         """The runtime's virtual memory calls."""

@@ -1,7 +1,8 @@
 """What accelerators that torch drives have in common. Owns streams, captures, the cap on torch's allocator and peaks.
 
-A platform adds what its device reports (`_device_memory`), what it can do (`_find_capabilities`), how a capture begins and what
-its errors mean. Memory that torch's allocator does not hold is counted by `ProcessShare` and by the arenas' own account.
+A platform adds what its device reports (`_device_memory`), what it can do (`_find_capabilities`) and what its errors mean;
+graphs and views of memory are torch.cuda's, as on HIP, where it does not say otherwise. Memory that torch's allocator does not
+hold is counted by `ProcessShare` and by the arenas' own account.
 Source: torch.cuda and torch.xpu, "Memory management", "Streams and events" and "Graphs".
 """
 
@@ -29,6 +30,7 @@ from brim.platforms.base import (
     default_reserve_bytes,
 )
 from brim.platforms.cgroup import CgroupMemory
+from brim.platforms.device_view import DeviceArray
 from brim.platforms.process_share import CONTEXT_BYTES, ProcessShare
 from brim.platforms.procfs import ProcFiles, read_text
 from brim.units import MIB
@@ -92,13 +94,13 @@ class TorchPlatform(Platform):
     def _find_capabilities(self) -> Capabilities:
         """What device and software can do."""
 
-    @abstractmethod
     def _new_graph(self) -> Any:
         """A graph that records nothing yet. Raises RuntimeError."""
+        return self._runtime.CUDAGraph()
 
-    @abstractmethod
     def _begin(self, graph: Any) -> None:
         """Record the current stream from now on. Raises RuntimeError."""
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     @abstractmethod
     def _is_lost(self, first_line: str) -> bool:
@@ -284,6 +286,10 @@ class TorchPlatform(Platform):
 
     def _capture_error(self, error: RuntimeError) -> BrimError:
         return self.as_brim_error(error) or DeviceError(f"The work cannot be captured as a graph: {first_line(error)}")
+
+    def memory_view(self, address: int, num_bytes: int) -> torch.Tensor:
+        """Through the array interface: the first page must be backed by memory, the others may be later."""
+        return torch.as_tensor(DeviceArray(address, num_bytes), device=self.torch_device())
 
     def plain_memory(self, num_bytes: int) -> tuple[int, Any] | None:
         """From torch's allocator, zeroed."""
