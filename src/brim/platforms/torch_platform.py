@@ -275,14 +275,15 @@ class TorchPlatform(Platform):
     def _forget_pool(self) -> None:
         """After a capture that could not be ended torch's allocator would go on recording into the pool for ever.
 
-        Private calls, those that torch's use_mem_pool ends with; where they are gone or refuse, nothing is worse than before.
+        Private calls, those that torch's use_mem_pool ends with (torch.cuda.memory has them, for torch.xpu only torch._C);
+        where they are gone or refuse, nothing is worse than before.
         The pool is released only where it was still recording: a graph that got further holds it and releases it itself, and
         twice would take it from the graphs that share it.
         """
         pool, self._pool = self._pool, self._new_pool()
         with suppress(RuntimeError, AttributeError):
             for name in self.pool_calls:
-                getattr(self._runtime.memory, name)(self._index, pool)
+                (getattr(self._runtime.memory, name, None) or getattr(torch._C, name))(self._index, pool)
 
     def _capture_error(self, error: RuntimeError) -> BrimError:
         return self.as_brim_error(error) or DeviceError(f"The work cannot be captured as a graph: {first_line(error)}")

@@ -70,7 +70,7 @@ class XpuRuntime:
         self.fraction = 1.0
         self.graph_fails: dict[str, RuntimeError] = {}
         self.pools = 0
-        self.memory = SimpleNamespace(_xpu_endAllocateToPool=lambda *_: None, _xpu_releasePool=lambda *_: None)
+        self.memory = SimpleNamespace()
         defaults = {
             "name": "Scripted Arc", "total_memory": device.total_bytes, "is_integrated_gpu": False, "driver_version": "1.6",
             "has_bfloat16_conversions": True, "has_fp16": True, "gpu_subslice_count": 20, "uuid": UUID,

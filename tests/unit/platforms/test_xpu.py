@@ -177,6 +177,17 @@ def test_a_capture_is_ended_and_its_failure_is_no_lost_device() -> None:
         pass
 
 
+def test_the_pool_of_a_broken_capture_is_given_up_by_the_calls_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_xpu_scripted()
+    calls: list[str] = []
+    for name in opened.platform.pool_calls:  # torch.xpu.memory does not name them
+        monkeypatch.setattr(torch._C, name, lambda *_, name=name: calls.append(name), raising=False)
+    opened.runtime.graph_fails["end"] = RuntimeError("The sycl_ext_oneapi_graph extension cannot capture this")
+    with pytest.raises(DeviceError), opened.platform.capture():
+        pass
+    assert calls == ["_xpu_endAllocateToPool", "_xpu_releasePool"]
+
+
 @pytest.mark.parametrize(
     ("script", "why"),
     [
