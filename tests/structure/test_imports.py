@@ -53,7 +53,6 @@ FACTORIES: dict[str, str] = {
     "kernels.triton.kernels:_hopper_launcher": "Gluon is slow to import and needed on one kind of chip only",
     "platforms.cuda:open_cuda": "the vendor's libraries are installed only where there is such a device",
     "platforms.rocm:open_rocm": "the vendor's library is installed only where there is such a device",
-    "platforms.xpu:_native_context": "Triton for the device is installed only where there is one",
     "platforms.detect:_cuda": "torch and the vendor's libraries are loaded only where the device is asked for",
     "platforms.detect:_rocm": "torch and the vendor's libraries are loaded only where the device is asked for",
     "platforms.detect:_xpu": "torch and the vendor's libraries are loaded only where the device is asked for",

@@ -1,7 +1,7 @@
 """The few calls of Level Zero that torch does not offer: virtual memory, and how much memory is usable. Owns their errors.
 
-Memory mapped in one context is no memory in another, so virtual memory needs the context that torch's queues live in. torch
-does not say which one that is; Triton, which launches into the same queues, does. Without it there are only readings.
+Memory mapped in one context is no memory in another, so virtual memory needs the context that torch's queues live in (see
+sycl_context). Without it there are only readings.
 Written against the documentation; never run on the hardware.
 Source: Level Zero specification, "Virtual Memory" (zeVirtualMemReserve, zePhysicalMemCreate, zeVirtualMemMap) and extension
 ZE_extension_device_usablemem_size_properties; ze_api.h for the layout of the structures.
@@ -53,12 +53,16 @@ class _PhysicalMemDesc(ctypes.Structure):
 class LevelZero:
     """One device, by its UUID as torch names it. `library` is the loaded Level Zero loader, or a scripted stand-in.
 
-    context: the native context of torch's queues; None: not known, readings only. wait: returns when the device is idle.
+    context: the native context of torch's queues; None: not known (why_no_context), readings only. wait: returns when the device
+    is idle.
     Raises DeviceError where there is no such device.
     """
 
-    def __init__(self, uuid: str, library: Any, *, context: int | None = None, wait: Callable[[], None]) -> None:
+    def __init__(
+        self, uuid: str, library: Any, *, context: int | None = None, why_no_context: str = "", wait: Callable[[], None]
+    ) -> None:
         self._library = library
+        self._why_no_context = why_no_context
         self._context = ctypes.c_void_p(context) if context else None
         self._wait = wait
         self._device = self._find(uuid.replace("-", "").lower())
@@ -87,7 +91,7 @@ class LevelZero:
     def why_no_virtual_memory(self) -> str:
         """Why virtual memory must not be used here; "" where it may be. Maps one page for a moment; no kernel touches it."""
         if self._context is None:
-            return "The context of torch's queues is not known; Triton for this device would name it."
+            return f"The context of torch's queues is not known: {self._why_no_context or 'nobody asked for it'}."
         try:
             unit_bytes = self.granularity_bytes()
             address = self.reserve(unit_bytes)

@@ -30,6 +30,7 @@ from brim.platforms.device_view import ONE_API, view_at
 from brim.platforms.drm_clients import DrmClients
 from brim.platforms.level_zero import LevelZero, loaded_loader
 from brim.platforms.process_share import CONTEXT_BYTES, ProcessShare
+from brim.platforms.sycl_context import NoContext, native_context
 from brim.platforms.torch_platform import ALL_MODES, NO_MODES, DeviceMemory, TorchPlatform, Zeros, first_line, torch_zeros
 from brim.units import GIB, MIB, format_bytes
 
@@ -306,18 +307,12 @@ def _level_zero() -> LevelZero | None:
     uuid = str(getattr(torch.xpu.get_device_properties(0), "uuid", ""))
     if loader is None or not uuid:
         return None
+    context, why_not = None, ""
     try:
-        return LevelZero(uuid, loader, context=_native_context(), wait=torch.xpu.synchronize)
+        context = native_context(int(torch.xpu.current_stream(0).sycl_queue))
+    except NoContext as error:
+        why_not = str(error)
+    try:
+        return LevelZero(uuid, loader, context=context, why_no_context=why_not, wait=torch.xpu.synchronize)
     except DeviceError:
         return None
-
-
-def _native_context() -> int | None:
-    """The Level Zero context of torch's queues, which Triton for this device asks for when it starts; None: not known."""
-    try:  # optional part, and not in every version of it
-        from triton.runtime.driver import driver
-
-        context = getattr(driver.active.utils, "context", None)
-    except Exception:  # it compiles its helper when it is first used, and raises what a compiler raises
-        return None
-    return context if isinstance(context, int) and not isinstance(context, bool) and context > 0 else None
