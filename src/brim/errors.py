@@ -125,3 +125,8 @@ class EngineDead(EngineError):
 
 class RequestFailed(EngineError):
     """The step that served this request failed; the engine goes on."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says first."""
+    return (str(error).splitlines() or [""])[0]

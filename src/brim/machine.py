@@ -4,7 +4,7 @@ and without an engine (`runtime` needs seconds to import). Owns which libraries 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any
@@ -12,15 +12,10 @@ from typing import Any
 from brim.platforms import level_zero
 from brim.platforms.local_devices import LocalDevice, amdsmi_devices, level_zero_devices, nvml_devices
 
-Ask = Callable[[], Iterator[LocalDevice]]
-
 
 def local_devices() -> list[dict[str, Any]]:
     """Every accelerator as plain JSON values; libraries that are not installed are not asked."""
-    found = []
-    for ask in _libraries():
-        found += [as_json(device) for device in ask()]
-    return found
+    return [as_json(device) for device in _devices()]
 
 
 def as_json(device: LocalDevice) -> dict[str, Any]:
@@ -28,16 +23,16 @@ def as_json(device: LocalDevice) -> dict[str, Any]:
     return {**asdict(device), "used_bytes": device.used_bytes, "unnamed_bytes": device.unnamed_bytes}
 
 
-def _libraries() -> Iterator[Ask]:
+def _devices() -> Iterator[LocalDevice]:
     for name, ask in (("pynvml", nvml_devices), ("amdsmi", amdsmi_devices)):
         try:
             library = import_module(name)
         except (ImportError, OSError, KeyError):  # amdsmi raises these where its own library is missing
             continue
-        yield lambda ask=ask, library=library: ask(library)  # type: ignore[misc]
+        yield from ask(library)
     if level_zero.is_device_present():
         try:
             loader = ctypes.CDLL("libze_loader.so.1")
         except OSError:
             return
-        yield lambda: level_zero_devices(loader)
+        yield from level_zero_devices(loader)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from brim.platforms.scenario import read_scenario
 from brim.worker.device_worker import DeviceWorker
 from brim.worker.plan_calibration import FIRST_START, later_starts, measured_start, profile_from, start_json, start_of_json
 from brim.worker.plan_device import plan_device
-from brim.worker.plan_preview import open_planned, plan_model, plan_together
+from brim.worker.plan_preview import PlannedModel, open_planned, plan_model, plan_together
 from brim.worker.scripted_run import run_scenario
 from brim.worker.scripted_verdict import verdict_json
 from brim.worker.startup import start_worker
@@ -109,11 +109,12 @@ def plan_starts(configs: Sequence[BrimConfig], devices: Sequence[str], parts: En
     parts, started = parts or EngineParts(), time.perf_counter()
     known = [plan_device(name, parts.detect, set(registered()) - {"auto"}) for name in devices]
     plans = []
-    for device in known:
-        live = device.live
-        asked = configs if live is None else [_without_what_died(config, live)[0] for config in configs]
-        with ExitStack() as stack:
-            models = [stack.enter_context(closing(open_planned(config))) for config in asked]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(closing(open_planned(config))) for config in configs]
+        for device in known:
+            models = opened
+            if device.live is not None:
+                models = [_as_it_starts(one, config, device.live) for one, config in zip(opened, configs, strict=True)]
             plans += [plan_model(models[0], device)] if len(models) == 1 else plan_together(models, device)
     return {"plans": plans, "seconds": round(time.perf_counter() - started, 3)}
 
@@ -160,6 +161,11 @@ def calibrate(path: Path | None, device: str, on_progress: Callable[[StartupProg
         raise ConfigError(f"The profile cannot be written to {path}: {error.strerror}.") from error
     figures = {name: asdict(figure) for name, figure in profile.figures.items()}
     return {"profile": profile.name, "file": str(path), "figures": figures, "starts": len(starts), "failures": failures}
+
+
+def _as_it_starts(planned: PlannedModel, config: BrimConfig, platform: Platform) -> PlannedModel:
+    """Without what died in a start of this configuration; its shapes are read as for any plan."""
+    return replace(planned, config=replace(_without_what_died(config, platform)[0], model=planned.config.model))
 
 
 def _without_what_died(config: BrimConfig, platform: Platform) -> tuple[BrimConfig, dict[str, str]]:

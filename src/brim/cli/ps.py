@@ -93,7 +93,7 @@ def named(devices: Sequence[dict[str, Any]], servers: Sequence[dict[str, Any]]) 
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    held, cap = (format_bytes(row[key]) if row[key] is not None else "-" for key in ("held_bytes", "cap_bytes"))
+    held, cap = _size(row["held_bytes"]), _size(row["cap_bytes"])
     used, total = row["kv_tokens_used"], row["kv_tokens_total"]
     share = _share(used, total) if total is not None else row["state"]
     return (_fit(row["name"], _NAME), str(row["pid"]), held, cap, share, format_duration(row["uptime_s"]), row["url"])

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from brim.errors import EngineError, RankFailed
+from brim.errors import EngineError, RankFailed, first_line
 from brim.parallel.ranks import Ranks, said, silent
 
 _WORD_BYTES = 1024
@@ -33,7 +33,7 @@ class RankStore:
         try:
             self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
-            raise EngineError(f"No port is free on {host}: {_first_line(error)}") from error
+            raise EngineError(f"No port is free on {host}: {first_line(error)}") from error
         self.host, self.port = host, int(self._store.port)
 
 
@@ -63,7 +63,7 @@ class GlooRanks(Ranks):
             self._group: Any = ProcessGroupGloo(self._store, index, size, timeout=patience)
         except RuntimeError as error:
             missing = [peer for peer in self._peers if not self._has(_place(peer))]
-            why = silent(missing, meet_s) if missing else _first_line(error)
+            why = silent(missing, meet_s) if missing else first_line(error)
             raise RankFailed(f"{size} ranks did not come together at {self._where}. {why}") from error
 
     def _exchange(self, word: bytes) -> list[bytes]:
@@ -160,7 +160,3 @@ def _place(index: int) -> str:
 
 def _reason(index: int) -> str:
     return f"reason of rank {index}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from brim.errors import BrimError, DeviceError
+from brim.errors import BrimError, DeviceError, first_line
 from brim.platforms.base import Capabilities
 from brim.platforms.cuda_driver import CudaDriver
 from brim.platforms.nvml import Nvml
 from brim.platforms.process_share import ProcessShare
-from brim.platforms.torch_platform import ALL_MODES, DeviceMemory, TorchPlatform, first_line
+from brim.platforms.torch_platform import ALL_MODES, DeviceMemory, TorchPlatform
 from brim.units import MIB
 
 _SPILLS = "under WSL taking too much spills to the host's memory instead of failing, and free is a budget that moves"

@@ -6,13 +6,15 @@ container processes are often not listed, and what they hold shows as what nobod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from brim.platforms import amdsmi, level_zero, nvml
+from brim.platforms.amdsmi import Amdsmi
 from brim.platforms.drm_clients import DrmClients
+from brim.platforms.nvml import Nvml
 from brim.platforms.procfs import ProcFiles
 
 
@@ -52,16 +54,12 @@ class LocalDevice:
 
 def nvml_devices(library: Any, root: Path = Path("/")) -> Iterator[LocalDevice]:
     """Every NVIDIA card; library: pynvml."""
-    for index, card in enumerate(nvml.list_cards(library)):
-        held = card.process_bytes()
-        yield LocalDevice("cuda", index, card.name() or "?", card.total_bytes(), card.free_bytes(), _processes(held, root))
+    return _cards("cuda", nvml.list_cards(library), root)
 
 
 def amdsmi_devices(library: Any, root: Path = Path("/")) -> Iterator[LocalDevice]:
     """Every AMD card; library: amdsmi."""
-    for index, card in enumerate(amdsmi.list_cards(library)):
-        held = card.process_bytes()
-        yield LocalDevice("rocm", index, card.name() or "?", card.total_bytes(), card.free_bytes(), _processes(held, root))
+    return _cards("rocm", amdsmi.list_cards(library), root)
 
 
 def level_zero_devices(library: Any, root: Path = Path("/")) -> Iterator[LocalDevice]:
@@ -75,6 +73,12 @@ def level_zero_devices(library: Any, root: Path = Path("/")) -> Iterator[LocalDe
     for index, (name, card) in enumerate(cards):
         processes = _processes(next(iter(held.values())), root) if len(held) == 1 else None
         yield LocalDevice("xpu", index, name or "?", None, card.usable_bytes(), processes)
+
+
+def _cards(platform: str, cards: Sequence[Nvml | Amdsmi], root: Path) -> Iterator[LocalDevice]:
+    for index, card in enumerate(cards):
+        held = card.process_bytes()
+        yield LocalDevice(platform, index, card.name() or "?", card.total_bytes(), card.free_bytes(), _processes(held, root))
 
 
 def _processes(held: Mapping[int, int] | None, root: Path) -> tuple[DeviceProcess, ...] | None:

@@ -31,16 +31,12 @@ def native_context(queue: int, root: Path = Path("/"), folder: Path | None = Non
     headers = _headers()
     compiler = find_compiler("CXX", _COMPILERS)
     if library is None or headers is None or compiler is None:
-        missing = [
-            what
-            for what, found in (
-                ("the SYCL runtime in this process", library),
-                ("the headers of the SYCL runtime (package intel-sycl-rt)", headers),
-                ("a C++ compiler", compiler),
-            )
-            if found is None
-        ]
-        raise NoContext(f"not found: {', '.join(missing)}")
+        needed = {
+            "the SYCL runtime in this process": library,
+            "the headers of the SYCL runtime (package intel-sycl-rt)": headers,
+            "a C++ compiler": compiler,
+        }
+        raise NoContext(f"not found: {', '.join(what for what, found in needed.items() if found is None)}")
     command = [compiler, *_FLAGS, f"-I{headers}", f"-I{headers / 'sycl'}"]
     try:
         path, _ = compiled("sycl-context", command, [SOURCE], b"", folder, [library])

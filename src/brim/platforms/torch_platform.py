@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from brim.config.schema import GraphMode
-from brim.errors import BrimError, DeviceError, DeviceLost, OutOfDeviceMemory
+from brim.errors import BrimError, DeviceError, DeviceLost, OutOfDeviceMemory, first_line
 from brim.platforms.base import (
     Capabilities,
     DeviceGraph,
@@ -360,11 +360,6 @@ class _EventMarker:
 
     def __init__(self, event: Any) -> None:
         self.wait = event.synchronize
-
-
-def first_line(error: BaseException) -> str:
-    """What a foreign error says first."""
-    return (str(error).splitlines() or [""])[0]
 
 
 def is_out_of_memory(text: str) -> bool:

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from brim.errors import DeviceError, DeviceLost
+from brim.errors import DeviceError, DeviceLost, first_line
 from brim.platforms.base import Capabilities
 from brim.platforms.device_view import ONE_API, view_at
 from brim.platforms.drm_clients import DrmClients
 from brim.platforms.level_zero import LevelZero, loaded_loader
 from brim.platforms.process_share import CONTEXT_BYTES, ProcessShare
 from brim.platforms.sycl_context import NoContext, native_context
-from brim.platforms.torch_platform import ALL_MODES, NO_MODES, DeviceMemory, TorchPlatform, Zeros, first_line, torch_zeros
+from brim.platforms.torch_platform import ALL_MODES, NO_MODES, DeviceMemory, TorchPlatform, Zeros, torch_zeros
 from brim.units import GIB, MIB, format_bytes
 
 TRIAL_BYTES = 64 * MIB

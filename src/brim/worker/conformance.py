@@ -17,7 +17,7 @@ import torch
 from brim.config.resolve import resolve
 from brim.config.schema import BrimConfig
 from brim.engine.trials import ChildEnds, StopTrials, TrialStep, answer_trials
-from brim.errors import BrimError, DeviceLost
+from brim.errors import BrimError, DeviceLost, first_line
 from brim.platforms.base import Platform
 from brim.platforms.detect import detect
 from brim.worker import compute_checks, graph_checks, memory_checks
@@ -132,7 +132,7 @@ def _known(error: Exception, bench: Bench) -> Exception:
 
 
 def _in_words(error: BaseException) -> str:
-    first = (str(error).splitlines() or [""])[0][:240]
+    first = first_line(error)[:240]
     return first if isinstance(error, BrimError) else f"{type(error).__name__}: {first}"
 
 

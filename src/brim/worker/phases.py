@@ -92,7 +92,7 @@ class OpenedDevice:
     @contextmanager
     def phase(self, name: str, text: str, rest: Category, owner: str) -> Iterator[PhaseScope]:
         """Measure one phase and tell the user; measured bytes beyond the computed ones go to `rest`."""
-        self.on_progress(StartupProgress(name, text))
+        self.tell(name, text)
         with self.platform.stream(), self.profiler.phase(name, rest, owner) as scope:
             yield scope
 
@@ -251,7 +251,7 @@ def capture(measured: MeasuredWorker) -> CapturedWorker:
     opened = worker.reserved.loaded.opened
 
     def progress(done: str) -> None:
-        opened.on_progress(StartupProgress("capture", done))
+        opened.tell("capture", done)
 
     def captured(choice: GraphChoice) -> GraphChoice:
         worker.runner.forget_programs()
@@ -371,14 +371,14 @@ def _hold(worker: WarmWorker, blocks: Sequence[int], graphs: GraphChoice) -> Non
         platform.release_unused()
         worker.reserved.cache.rebuild(blocks, blocks)
         for done in record(worker.runner, opened.kernels, platform, graphs):
-            opened.on_progress(StartupProgress("capture", done))
+            opened.tell("capture", done)
 
 
 def _run_worst_steps(worker: WarmWorker, opened: OpenedDevice, phase: str) -> None:
     settings = opened.settings
     blocks = worker.reserved.cache.committed_blocks
     for name, arrays, rows in worst_steps(settings.limits, settings.layout.block_size, blocks, settings.spec.vocab_size):
-        opened.on_progress(StartupProgress(phase, name))
+        opened.tell(phase, name)
         worker.runner.probe(arrays, rows)
     opened.platform.synchronize()
 

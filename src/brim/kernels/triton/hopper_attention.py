@@ -121,8 +121,8 @@ def _attend(
 
 @gluon.jit
 def _attend_rows(
-    part, q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head, num_tiles,
-    plain_tiles, outer, stride_q, stride_out, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    part, q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head,
+    num_tiles, plain_tiles, outer, stride_q, stride_out, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: rows part*64 .. of the program's (query, head) pairs."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
@@ -175,28 +175,6 @@ def _attend_rows(
     gl.store(to + PANEL, gl.convert_layout((high * factor).to(q.dtype.element_ty), plain), mask=real)
 
 
-@gluon.jit
-def _first_rows(
-    q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head, num_tiles,
-    plain_tiles, outer, stride_q, stride_out, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    _attend_rows(
-        0, q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head, num_tiles,
-        plain_tiles, outer, stride_q, stride_out, GROUP, KEYS, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _second_rows(
-    q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head, num_tiles,
-    plain_tiles, outer, stride_q, stride_out, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    _attend_rows(
-        1, q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head, num_tiles,
-        plain_tiles, outer, stride_q, stride_out, GROUP, KEYS, STAGES,
-    )  # fmt: skip
-
-
 @gluon.jit(
     do_not_specialize=["num_seqs", "least_queries", "stride_table", "block_rows"],
     do_not_specialize_on_alignment=["tables", "query_start", "seq_lens"],
@@ -245,12 +223,12 @@ def hopper_attention_kernel(
         last_block = (length - 1) // BLOCK_SIZE
         gl.warp_specialize(
             [
-                (_first_rows, (
-                    q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head,
+                (_attend_rows, (
+                    0, q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head,
                     num_tiles, plain_tiles, outer, stride_q, stride_out, GROUP, KEYS, STAGES,
                 )),
-                (_second_rows, (
-                    q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head,
+                (_attend_rows, (
+                    1, q, out, q_ring, k_ring, v_ring, k_ready, k_free, v_ready, v_free, token, first, length, query_len, head,
                     num_tiles, plain_tiles, outer, stride_q, stride_out, GROUP, KEYS, STAGES,
                 )),
                 (_load_tiles, (
