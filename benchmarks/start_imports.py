@@ -54,7 +54,7 @@ torch_at = time.perf_counter()
 import brim.runtime
 imported_at = time.perf_counter()
 gc.enable()
-torch.zeros(1, device=torch.accelerator.current_accelerator() or "cpu").item()
+torch.zeros(1, device=torch.accelerator.current_accelerator(check_available=True) or "cpu").item()
 ended = time.perf_counter()
 print(torch_at - started, imported_at - started, ended - started, time.process_time())
 """
