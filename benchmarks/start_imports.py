@@ -9,6 +9,8 @@ Variants take turns in fresh processes, so that a busy neighbour meets them all:
     libraries   and torch's libraries loaded by a thread that does not hold the interpreter
     driver      and the CUDA driver initialised by such a thread
     both        and both
+    frames      resting, and a stack frame's module is looked up by its name: torch asks for hundreds, and each time Python
+                looks at the file of every module
 
 The list after it says which modules take the time, by Python's own account of one run.
 """
@@ -23,9 +25,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-VARIANTS = ("plain", "resting", "libraries", "driver", "both")
+VARIANTS = ("plain", "resting", "libraries", "driver", "both", "frames")
 CHILD = """
-import ctypes, gc, os, sys, threading, time
+import ctypes, gc, inspect, os, sys, threading, time, types
 variant, started = sys.argv[1], time.perf_counter()
 libc = ctypes.CDLL(None)  # a foreign function lets other threads run, which ctypes.CDLL(path) does not
 
@@ -42,6 +44,13 @@ def start_driver():
     except OSError:
         pass
 
+def module_of(what, _filename=None):
+    named = sys.modules.get(what.f_globals.get("__name__")) if isinstance(what, types.FrameType) else None
+    return named or slowly(what, _filename)
+
+slowly = inspect.getmodule
+if variant == "frames":
+    inspect.getmodule = module_of
 threads = {"libraries": [load_libraries], "driver": [start_driver], "both": [load_libraries, start_driver]}.get(variant, [])
 for work in threads:
     threading.Thread(target=work).start()
@@ -53,6 +62,7 @@ import torch
 torch_at = time.perf_counter()
 import brim.runtime
 imported_at = time.perf_counter()
+inspect.getmodule = slowly
 gc.enable()
 torch.zeros(1, device=torch.accelerator.current_accelerator(check_available=True) or "cpu").item()
 ended = time.perf_counter()
