@@ -37,7 +37,7 @@ def test_an_engine_imports_no_compiler_and_no_front_end(tmp_path: Path) -> None:
 import sys
 from brim.config.resolve import resolve
 from brim.runtime import build_engine_core
-settings = {"model": sys.argv[1], "load_format": "dummy", "device": "cpu", "max_num_seqs": 2, "memory": "512MiB"}
+settings = {"model": sys.argv[1], "load_format": "dummy", "device": "cpu", "max_num_seqs": 2, "memory": "1GiB"}
 core, _ = build_engine_core(resolve(settings), lambda progress: None)
 core.close()
 """

@@ -40,6 +40,7 @@ OnProgress = Callable[[StartupProgress], None]
 OnReady = Callable[[Mapping[str, Any]], None]
 _BACKLOG = 2048
 _CLOSING_S = 5  # for answers on their way when all generations have ended
+_HURRIED_S = 1  # after a second signal
 
 
 def run_server(
@@ -187,7 +188,8 @@ class HttpServer:
 
     async def _hang_up(self, http: _Uvicorn, serving: asyncio.Task[None]) -> None:
         http.should_exit = True
-        http.force_exit = self._hurry.is_set()
+        if self._hurry.is_set():  # uvicorn's force_exit waits for all clients from Python 3.12 on
+            http.config.timeout_graceful_shutdown = _HURRIED_S
         await asyncio.wait({serving})
 
     async def _drain(self, engine: AsyncEngine, file: InstanceFile | None) -> None:
@@ -202,6 +204,8 @@ class HttpServer:
         draining.cancel()
         hurrying.cancel()
         await asyncio.wait({draining, hurrying})
+        if self._hurry.is_set():
+            await engine.drain(0)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
