@@ -4,10 +4,10 @@ One warp copies keys and values, block by block through the block table, into ri
 each attend 64 (query, head of the group) rows to every tile. Within a group the scores of the next tile and the sum over the
 present one run while the softmax is computed. Tiles come last first, so that only the first one or two need a mask.
 
-Written in Gluon, which says what plain Triton leaves to its compiler; it has no interpreter. Heads of 128, groups whose size is a
-power of two, 16-bit values, no window and no soft cap; everything else is `prefill_attention`'s.
+Written in Gluon, which says what plain Triton leaves to its compiler; the tests run it on a model of the chip. Heads of 128,
+groups whose size is a power of two, 16-bit values, no window and no soft cap; everything else is `prefill_attention`'s.
 """
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
 
 from __future__ import annotations
 
@@ -28,31 +28,46 @@ HEAD_DIM = gl.constexpr(128)
 
 
 @gluon.jit
-def _load_tiles(
-    keys, values, table, k_ring, v_ring, k_ready, k_free, v_ready, v_free, num_tiles, last_block, block_rows, column,
+def _load_tile(
+    source, ring, ready, free, step, num_tiles, table, last_block, block_rows, column,
     KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: tile num_tiles-1 first. Blocks past the last are read from the last one again, and masked."""
+    """Keys or values of a step into their stage, once both groups gave it up. Past the last block that one is read again."""
     blocks: gl.constexpr = KEYS // BLOCK_SIZE
     small: gl.constexpr = [blocks, BLOCK_SIZE, PANEL]
-    for i in range(num_tiles):
-        first = (num_tiles - 1 - i) * blocks
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        mbarrier.wait(k_free.index(stage), phase ^ 1)
-        mbarrier.expect(k_ready.index(stage), KEYS * HEAD_DIM * 2)
-        for j in gl.static_range(blocks):
-            row = gl.load(table + gl.minimum(first + j, last_block)) * block_rows
-            for panel in gl.static_range(HEAD_DIM // PANEL):
-                to = k_ring.index(stage * 2 + panel)._reinterpret(keys.dtype, small, keys.layout).index(j)
-                tma.async_copy_global_to_shared(keys, [row, column + panel * PANEL], k_ready.index(stage), to)
-        mbarrier.wait(v_free.index(stage), phase ^ 1)
-        mbarrier.expect(v_ready.index(stage), KEYS * HEAD_DIM * 2)
-        for j in gl.static_range(blocks):
-            row = gl.load(table + gl.minimum(first + j, last_block)) * block_rows
-            for panel in gl.static_range(HEAD_DIM // PANEL):
-                to = v_ring.index(stage * 2 + panel)._reinterpret(values.dtype, small, values.layout).index(j)
-                tma.async_copy_global_to_shared(values, [row, column + panel * PANEL], v_ready.index(stage), to)
+    first = (num_tiles - 1 - step) * blocks
+    rows = ()
+    for j in gl.static_range(blocks):  # all before the wait: a load between two copies would wait for each
+        rows += (gl.load(table + gl.minimum(first + j, last_block)) * block_rows,)
+    stage = step % STAGES
+    mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(stage), KEYS * HEAD_DIM * 2)
+    for j in gl.static_range(blocks):
+        for panel in gl.static_range(HEAD_DIM // PANEL):
+            to = ring.index(stage * 2 + panel)._reinterpret(source.dtype, small, source.layout).index(j)
+            tma.async_copy_global_to_shared(source, [rows[j], column + panel * PANEL], ready.index(stage), to)
+
+
+@gluon.jit
+def _load_tiles(
+    keys, values, k_ring, v_ring, k_ready, k_free, v_ready, v_free, num_tiles, table, last_block, block_rows, column,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+):  # fmt: skip
+    """The copying warp. Keys go a step ahead of values: a stage of keys is free half a step before the stage of values that
+    came with it, and keys are needed first."""
+    _load_tile(
+        keys, k_ring, k_ready, k_free, 0, num_tiles, table, last_block, block_rows, column, KEYS, STAGES, BLOCK_SIZE
+    )  # fmt: skip
+    for i in range(1, num_tiles):
+        _load_tile(
+            keys, k_ring, k_ready, k_free, i, num_tiles, table, last_block, block_rows, column, KEYS, STAGES, BLOCK_SIZE
+        )  # fmt: skip
+        _load_tile(
+            values, v_ring, v_ready, v_free, i - 1, num_tiles, table, last_block, block_rows, column, KEYS, STAGES, BLOCK_SIZE
+        )  # fmt: skip
+    _load_tile(
+        values, v_ring, v_ready, v_free, num_tiles - 1, num_tiles, table, last_block, block_rows, column, KEYS, STAGES, BLOCK_SIZE
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -232,7 +247,7 @@ def hopper_attention_kernel(
                     num_tiles, plain_tiles, outer, stride_q, stride_out, GROUP, KEYS, STAGES,
                 )),
                 (_load_tiles, (
-                    keys, values, table, k_ring, v_ring, k_ready, k_free, v_ready, v_free, num_tiles, last_block, block_rows,
+                    keys, values, k_ring, v_ring, k_ready, k_free, v_ready, v_free, num_tiles, table, last_block, block_rows,
                     head * HEAD_DIM, KEYS, STAGES, BLOCK_SIZE,
                 )),
             ],
