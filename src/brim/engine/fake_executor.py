@@ -33,6 +33,8 @@ class FakeExecutor(Executor):
     handles do.
     """
 
+    gives_back = True
+
     def __init__(
         self,
         layout: KVLayout,

@@ -4,8 +4,9 @@
     the device asks for bytes back   adjust(), every `check_interval_steps`: give back that much
     the device has bytes to spare    adjust(): take back up to what was committed at the start
 
-The cache never goes below what the longest unfinished sequence needs alone, so no request is lost to it.
-After a step was out of memory nothing is taken back for a while; the pause doubles each time it happens again.
+The cache never goes below what the longest unfinished sequence needs alone, so no request is lost to it; under pressure alone
+never below what one request of full length needs, so none that comes later is. Where blocks cannot go back to the device
+nothing is done. After a step was out of memory nothing is taken back for a while; the pause doubles each time it happens again.
 """
 
 from __future__ import annotations
@@ -45,19 +46,23 @@ class KVGuard:
 
     def relieve(self) -> bool:
         """A step was out of memory: give blocks back. False where nothing more can be given."""
+        if not self._executor.gives_back:
+            return False
         committed_bytes = self._committed_bytes()
         wanted = max(self._executor.pressure_bytes(), committed_bytes // self._share)
         self._share = max(2, self._share // 2)
         self._pause_checks = self._next_pause_checks
         self._next_pause_checks = min(2 * self._next_pause_checks, _LONGEST_PAUSE_CHECKS)
-        return self._give_back(wanted)
+        return self._give_back(wanted, self._scheduler.least_blocks())
 
     def adjust(self) -> None:
         """Follow the device's pressure, either way."""
         self._steps_to_check = self._interval_steps
+        if not self._executor.gives_back:
+            return
         pressure_bytes = self._executor.pressure_bytes()
         if pressure_bytes > 0:
-            self._give_back(pressure_bytes)
+            self._give_back(pressure_bytes, self._scheduler.least_blocks(self._scheduler.limits.max_model_len))
         elif self._pause_checks:
             self._pause_checks -= 1
         elif pressure_bytes < 0:
@@ -65,31 +70,31 @@ class KVGuard:
 
     def grow_now(self) -> bool:
         """Take back what the device can spare, pause or not: a sequence cannot go on without. True where blocks were gained."""
-        pressure_bytes = self._executor.pressure_bytes()
+        pressure_bytes = self._executor.pressure_bytes() if self._executor.gives_back else 0
         return pressure_bytes < 0 and self._grow(-pressure_bytes)
 
     def _committed_bytes(self) -> int:
         return self._layout.bytes_for(self._scheduler.blocks.num_blocks)
 
-    def _give_back(self, num_bytes: int) -> bool:
+    def _give_back(self, num_bytes: int, floor: tuple[int, ...]) -> bool:
         """At least num_bytes, where blocks can be spared: memory goes back in the device's units, which may be far larger than a
         block. False where nothing went back."""
         before_bytes = self._committed_bytes()
         wanted_bytes, given_bytes = num_bytes, 0
         while True:
-            self._shrink(wanted_bytes - given_bytes)
+            self._shrink(wanted_bytes - given_bytes, floor)
             given_bytes = before_bytes - self._committed_bytes()
             if given_bytes >= num_bytes or wanted_bytes >= before_bytes:
                 return given_bytes > 0
             wanted_bytes *= 2
 
-    def _shrink(self, num_bytes: int) -> None:
-        """Each group gives its share of num_bytes, at least one block; live blocks move down or their sequences are preempted."""
+    def _shrink(self, num_bytes: int, floor: tuple[int, ...]) -> None:
+        """Each group gives its share of num_bytes, at least one block, down to its floor; live blocks move down or their sequences
+        are preempted."""
         before = self._scheduler.blocks.num_blocks
         before_bytes = self._layout.bytes_for(before)
         left_bytes = max(0, before_bytes - num_bytes)
         wanted = (min(count - 1, count * left_bytes // before_bytes) for count in before)
-        floor = self._scheduler.least_blocks()
         targets = tuple(min(b, max(2, w, f)) for b, w, f in zip(before, wanted, floor, strict=True))
         if targets == before:
             return

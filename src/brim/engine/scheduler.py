@@ -84,9 +84,11 @@ class Scheduler:
         """True where the id belongs to an unfinished sequence."""
         return request_id in self._by_id
 
-    def least_blocks(self) -> tuple[int, ...]:
-        """Blocks of each group, block 0 included, with which every unfinished sequence can still run to its end, one by one."""
+    def least_blocks(self, num_tokens: int = 1) -> tuple[int, ...]:
+        """Blocks of each group, block 0 included, with which every unfinished sequence, and one of num_tokens, can still run to
+        its end, one by one."""
         longest = max((seq.max_total_tokens - 1 for seq in self._by_id.values()), default=1)
+        longest = max(longest, num_tokens - 1)
         return tuple(self.blocks.blocks_for(group, longest) + 1 for group in self.blocks.layout.groups)
 
     # -- requests

@@ -95,6 +95,11 @@ class Executor(ABC):
         result = self.execute(plan)
         return lambda: result
 
+    @property
+    def gives_back(self) -> bool:
+        """Whether blocks that are not committed any more go back to the device."""
+        return True
+
     @abstractmethod
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
         """Copy KV blocks now, between steps; sources and targets are disjoint. Needs no memory (the guard shrinks with it)."""

@@ -25,6 +25,7 @@ class ScriptedRuntime:
         self.device = device
         self.allocator = ScriptedAllocator(device)
         self._pools = 0
+        self.pool_users: dict[Any, int] = {}  # graphs in each pool
         self._said_free_bytes: int | None = None
         self._kept: list[Block] = []
 
@@ -144,13 +145,19 @@ class ScriptedGraph:
     def __init__(self, runtime: ScriptedRuntime) -> None:
         self._runtime = runtime
         self._held: dict[str, int] = {}
+        self._pool: Any = None
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "") -> None:
-        """Recording begins. Raises RuntimeError as scripted."""
+        """Recording begins. Raises RuntimeError as scripted, and for a pool whose graphs are all gone, as torch does."""
+        users = self._runtime.pool_users
+        if users.get(pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         try:
             self._runtime.device.check("capture")
         except ScriptedFault as error:
             raise RuntimeError(f"operation failed due to a previous error during capture: {error}") from error
+        users[pool] = users.get(pool, 0) + 1
+        self._pool = pool
 
     def capture_end(self) -> None:
         """What graphs take is taken now. Raises OutOfDeviceMemory."""
@@ -165,6 +172,8 @@ class ScriptedGraph:
         self._runtime.work("replay")
 
     def __del__(self) -> None:
+        if self._pool is not None:
+            self._runtime.pool_users[self._pool] -= 1
         if not self._runtime.device.lost:
             for name, num_bytes in self._held.items():
                 self._runtime.device.take(name, -num_bytes)

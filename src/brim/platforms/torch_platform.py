@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -82,7 +83,9 @@ class TorchPlatform(Platform):
     def _start(self, share: ProcessShare) -> None:
         self._share = share
         self._stream = self._runtime.Stream(device=self._index)
-        self._pool = self._new_pool()
+        self._pool: Any = None
+        self._in_pool: WeakSet[Any] = WeakSet()  # graphs
+        self._broken: list[Any] = []
         self.capabilities = self._find_capabilities()
         self.reset_peak()
 
@@ -246,6 +249,9 @@ class TorchPlatform(Platform):
             raise DeviceError(f"Platform '{self.name}' captures no graphs: {self.reasons.get('graphs', 'switched off')}")
         with self.stream():
             graph = self._new_graph()
+            if not self._in_pool:  # a pool whose graphs are all gone is dead: torch refuses it
+                self._pool = self._new_pool()
+            self._in_pool.add(graph)
             try:
                 self._begin(graph)
             except RuntimeError as error:
@@ -260,7 +266,7 @@ class TorchPlatform(Platform):
             try:
                 graph.capture_end()
             except RuntimeError as error:
-                self._forget_pool()
+                self._forget_pool(graph)
                 raise self._capture_error(error) from error
 
     def _abandon(self, graph: Any) -> bool:
@@ -268,19 +274,21 @@ class TorchPlatform(Platform):
         try:
             graph.capture_end()
         except RuntimeError:
-            self._forget_pool()
+            self._forget_pool(graph)
             return True
         return False
 
-    def _forget_pool(self) -> None:
+    def _forget_pool(self, graph: Any) -> None:
         """After a capture that could not be ended torch's allocator would go on recording into the pool for ever.
 
         Private calls, those that torch's use_mem_pool ends with (torch.cuda.memory has them, for torch.xpu only torch._C);
         where they are gone or refuse, nothing is worse than before.
         The pool is released only where it was still recording: a graph that got further holds it and releases it itself, and
         twice would take it from the graphs that share it.
+        The graph itself stays: torch's allocator of page-locked memory goes on asking it which allocations are its own.
         """
-        pool, self._pool = self._pool, self._new_pool()
+        self._broken.append(graph)
+        pool, self._in_pool = self._pool, WeakSet()
         with suppress(RuntimeError, AttributeError):
             for name in self.pool_calls:
                 (getattr(self._runtime.memory, name, None) or getattr(torch._C, name))(self._index, pool)
@@ -301,11 +309,10 @@ class TorchPlatform(Platform):
         return memory.data_ptr(), memory
 
     def release_unused(self) -> int:
-        """Collect garbage and empty torch's cache; later captures take a new pool, for one whose graphs are gone is dead."""
+        """Collect garbage and empty torch's cache."""
         before_bytes = self.reading().ours_bytes
         gc.collect()
         self._runtime.empty_cache()
-        self._pool = self._new_pool()
         return max(0, before_bytes - self.reading().ours_bytes)
 
     def as_brim_error(self, error: BaseException) -> BrimError | None:

@@ -212,7 +212,7 @@ class XpuPlatform(TorchPlatform):
         missing = [name for name in ("XPUGraph", "graph_pool_handle") if not hasattr(self._runtime, name)]
         if missing:
             return f"This torch has no torch.xpu.{missing[0]}; 2.11 and newer have it."
-        if self._pool is None:
+        if self._new_pool() is None:
             return "This torch was built without graphs for the device."
         if self._is_wsl:
             return "Graphs are not known to work under WSL."

@@ -93,6 +93,11 @@ class DeviceWorker(Executor):
         with foreign_errors(self._platform), self._platform.stream():
             return self._cache.resize(blocks)
 
+    @property
+    def gives_back(self) -> bool:
+        """Whether the arenas can grow and shrink."""
+        return self._platform.capabilities.reserve_commit
+
     def pressure_bytes(self) -> int:
         """Bytes the device asks back now (negative: could be taken again)."""
         return self._platform.pressure_bytes(self._reserve_bytes)

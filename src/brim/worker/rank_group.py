@@ -44,6 +44,11 @@ class RankGroup(Executor):
             raise
         return self.committed_blocks
 
+    @property
+    def gives_back(self) -> bool:
+        """Where every rank's does."""
+        return all(worker.gives_back for worker in self._workers)
+
     def pressure_bytes(self) -> int:
         """Of the rank whose device is the tightest."""
         return max(worker.pressure_bytes() for worker in self._workers)

@@ -98,6 +98,7 @@ class StepInputs:
         lens, starts = step.query_lens, step.start_positions
         shape = padded or StepShape(num_tokens, num_seqs, int(lens.max()), 0)
         host["ids"][:num_tokens] = step.token_ids
+        host["ids"][num_tokens : shape.num_tokens] = 0  # padding is embedded too: an id that there is
         ends = host["query_start"][1 : num_seqs + 1]
         np.cumsum(lens, out=ends)
         seq_lens = np.add(starts, lens, out=host["seq_lens"][:num_seqs])

@@ -134,14 +134,14 @@ def test_pressure_gives_bytes_back_and_takes_them_again(rig: Rigs) -> None:
     r.add("a", range(8), greedy(30))
     for _ in range(3):
         r.step()
-    r.executor.pressure = 20 * 64
+    r.executor.pressure = 12 * 64
     for _ in range(3):
         r.step()
-    assert r.executor.committed == (20,) == r.scheduler.blocks.num_blocks
-    r.executor.pressure = 1 << 30  # more than there is: what the request needs is kept
+    assert r.executor.committed == (28,) == r.scheduler.blocks.num_blocks
+    r.executor.pressure = 1 << 30  # more than there is: what a request of full length needs is kept
     for _ in range(6):
         r.step()
-    assert r.executor.committed == (12,)
+    assert r.executor.committed == (20,)
     r.executor.pressure = SPARE
     r.run()
     assert r.executor.committed == (40,) and r.tokens["a"] == r.expected("a")
@@ -162,16 +162,37 @@ def test_pressure_below_one_unit_of_the_device_is_relieved_too(rig: Rigs) -> Non
 
 
 def test_request_that_no_longer_fits_is_told_so(rig: Rigs) -> None:
-    r = rig(num_blocks=16, check_interval_steps=1)
+    r = rig(num_blocks=16, check_interval_steps=100, faults={1: OutOfDeviceMemory("scripted")})
     r.add("short", range(4), greedy(4))
-    r.step()
     r.executor.pressure = 1 << 30
-    for _ in range(2):
+    for _ in range(3):
         r.step()
     r.add("long", range(40), greedy(8))
     r.run()
     assert r.tokens["short"] == r.expected("short")
     assert r.ends["long"].error_kind == "OutOfDeviceMemory" and "40 tokens" in r.ends["long"].error
+
+
+def test_a_request_after_pressure_while_idle_is_served(rig: Rigs) -> None:
+    r = rig(num_blocks=40)
+    r.executor.pressure = 1 << 30
+    for _ in range(5):
+        r.core.tend()
+    assert r.executor.committed < (40,)
+    r.add("long", range(40), greedy(24))
+    r.run()
+    assert r.tokens["long"] == r.expected("long")
+
+
+def test_blocks_that_cannot_go_back_stay(rig: Rigs) -> None:
+    """On a static arena giving blocks up gains the device nothing."""
+    r = rig(num_blocks=40, check_interval_steps=1, faults={2: OutOfDeviceMemory("scripted")})
+    r.executor.gives_back = False
+    r.executor.pressure = 1 << 30
+    r.core.tend()
+    r.add("a", range(8), greedy(20))
+    r.run()
+    assert r.executor.committed == (40,) and r.tokens["a"] == r.expected("a")
 
 
 def test_steps_that_keep_failing_end_the_engine(rig: Rigs) -> None:

@@ -73,6 +73,7 @@ class ScriptedRuntime:
         self.capture_fails: dict[str, RuntimeError] = {}
         self.entered = 0
         self._pools = 0
+        self.pool_users: dict[object, int] = {}
         self._properties = SimpleNamespace(
             **{"name": "Scripted H100", "major": 9, "minor": 0, "uuid": UUID, "multi_processor_count": 132, **properties}
         )
@@ -146,11 +147,14 @@ class ScriptedGraph:
     def __init__(self, runtime: ScriptedRuntime) -> None:
         self._runtime = runtime
         self.pool: object = None
-        self.is_capturing = False
+        self.is_capturing = self.is_ended = False
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local" and self._runtime.entered, "captured beside the worker's stream"
         self.pool = pool
+        if self._runtime.pool_users.get(pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self._runtime.pool_users[pool] = self._runtime.pool_users.get(pool, 0) + 1
         self._fail("begin")
         self.is_capturing = True
 
@@ -159,6 +163,11 @@ class ScriptedGraph:
             raise RuntimeError("CUDA error: invalid argument")
         self.is_capturing = False
         self._fail("end")
+        self.is_ended = True
+
+    def __del__(self) -> None:
+        if self.is_ended:
+            self._runtime.pool_users[self.pool] -= 1
 
     def _fail(self, name: str) -> None:
         if name in self._runtime.capture_fails:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from tests.unit.platforms.scripted_gpu import Opened
@@ -21,6 +23,22 @@ def test_a_capture_is_ended_whatever_happens() -> None:
     assert not any(graph.is_capturing for graph in opened.runtime.captures) and opened.runtime.ended_pools == []
     assert len({graph.pool for graph in opened.runtime.captures}) == 1
     assert opened.runtime.entered == 0
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_used_again() -> None:
+    opened = Opened()
+    with opened.platform.capture() as graph:
+        pass
+    dead = graph.pool  # type: ignore[attr-defined]
+    opened.runtime.captures.clear()
+    del graph
+    with opened.platform.capture() as first:
+        pass
+    with suppress(KeyError), opened.platform.capture():
+        raise KeyError("a bug in the work")
+    with opened.platform.capture() as second:
+        pass
+    assert first.pool == second.pool != dead  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("where", ["begin", "end", "work"])
