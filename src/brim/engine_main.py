@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from brim.importing import collector_at_rest
+from brim.importing import begin_driver, collector_at_rest
 
 
 def main() -> int:
     """Serve the engine that `runtime` builds until told to stop."""
+    begin_driver()
     with collector_at_rest():
         from brim.engine.engine_process import run_engine_process
         from brim.runtime import build_engine_core

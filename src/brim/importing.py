@@ -1,10 +1,13 @@
-"""How large libraries are imported. Owns the garbage collector's rest meanwhile; imports nothing large itself."""
+"""How large libraries are imported, and what goes on beside that. Owns the garbage collector's rest meanwhile; imports nothing
+large itself."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from brim.platforms import early_driver
 
 
 @contextmanager
@@ -18,3 +21,8 @@ def collector_at_rest() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def begin_driver() -> None:
+    """Let the device's driver initialise beside the imports, in a process of our own that will use it."""
+    early_driver.begin()

@@ -14,7 +14,7 @@ FOUNDATION = ("errors", "units")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "units": ("errors",),
-    "importing": (),
+    "importing": ("platforms",),
     "formats": FOUNDATION,
     "config": (*FOUNDATION, "formats"),
     "text": (*FOUNDATION, "formats", "config"),
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "machine": (*FOUNDATION, "platforms"),
     "llm": (*FOUNDATION, "config", "memory", "text", "engine", "front", "runtime"),
     "brim": (*FOUNDATION, "importing", "engine", "llm"),
-    "cli": (*FOUNDATION, "config", "memory", "engine", "server", "machine", "runtime", "llm", "brim"),
+    "cli": (*FOUNDATION, "importing", "config", "memory", "engine", "server", "machine", "runtime", "llm", "brim"),
     "engine_main": ("importing", "engine", "runtime"),
     "calibration_main": ("runtime",),
     "__main__": ("cli",),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from brim.cli.options import build_config, settings_of
 from brim.cli.progress import ProgressLine
+from brim.importing import begin_driver
 
 if TYPE_CHECKING:
     from brim.llm import LLM
@@ -21,6 +22,7 @@ def open_llm(
     flag is answered at once. Raises BrimError.
     """
     config = build_config(model, settings)
+    begin_driver()
     from brim import LLM
 
     with ProgressLine(quiet=quiet) as progress:

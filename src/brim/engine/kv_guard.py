@@ -89,8 +89,8 @@ class KVGuard:
             wanted_bytes *= 2
 
     def _shrink(self, num_bytes: int, floor: tuple[int, ...]) -> None:
-        """Each group gives its share of num_bytes, at least one block, down to its floor; live blocks move down or their sequences
-        are preempted."""
+        """Each group gives its share of num_bytes, at least one block, down to its floor; live blocks move down or their
+        sequences are preempted."""
         before = self._scheduler.blocks.num_blocks
         before_bytes = self._layout.bytes_for(before)
         left_bytes = max(0, before_bytes - num_bytes)

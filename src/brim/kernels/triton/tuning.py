@@ -37,8 +37,8 @@ def decode_tile(head_dim: int, group: int, element_bytes: int) -> AttentionTile:
     return replace(DECODE_TILE, rows=rows)
 
 
-DECODE_TILE = AttentionTile(16, 64, 4, 3)
-DECODE_PROGRAMS_PER_CORE = 2
+DECODE_TILE = AttentionTile(16, 32, 2, 5)
+DECODE_PROGRAMS_PER_CORE = 4
 
 
 def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: int) -> AttentionTile:
@@ -104,12 +104,13 @@ def product_tile(num_rows: int, cols: int, depth: int, *, gated: bool, element_b
     shrink = element_bytes // 2
     width = max(16, min(tile.depth // shrink, next_power_of_2(depth)))
     ahead = 0 if tile.rows == 1 and width >= depth else min(tile.ahead, depth)  # the first tile of one row is loaded anyway
-    return replace(tile, depth=width, ahead=ahead, cols=min(tile.cols, max(16, next_power_of_2(cols))))
+    warps = max(1, tile.warps * width // tile.depth)
+    return replace(tile, depth=width, warps=warps, ahead=ahead, cols=min(tile.cols, max(16, next_power_of_2(cols))))
 
 
 PRODUCT_TILES = {
-    (1, False): ProductTile(1, 4, 1024, 4, 2, 1024),
-    (1, True): ProductTile(1, 2, 1024, 4, 2, 1024),
+    (1, False): ProductTile(1, 4, 2048, 8, 2, 0),
+    (1, True): ProductTile(1, 4, 1024, 4, 2, 0),
     (16, False): ProductTile(16, 16, 256, 2, 4, 1024),
     (16, True): ProductTile(16, 16, 128, 2, 4, 1024),
     (32, False): ProductTile(32, 16, 256, 2, 4, 1024),
