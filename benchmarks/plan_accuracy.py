@@ -2,6 +2,7 @@
 
     python benchmarks/plan_accuracy.py --models FOLDER --device h100-80g --json FILE [--first N] [--jobs 2]   # on that GPU
     python benchmarks/plan_accuracy.py --host --device this --json FILE                                      # small, on a CPU
+    python benchmarks/plan_accuracy.py draw RECORD PICTURE                                                   # of a record
 
 FOLDER holds the shapes (llama-3.1-8b, qwen3-0.6b) as folders with a config.json; three more are made here. Weights are random.
 An error is (real KV tokens - predicted) / real. Exit status 1: a plan said "fits" and the start did not come to be.
@@ -207,6 +208,27 @@ def summed_up(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def draw(record: Path, picture: Path) -> None:
+    """Each configuration's error over its real KV tokens, with the two limits that a plan must keep."""
+    from matplotlib.figure import Figure
+
+    stored = json.loads(record.read_text(encoding="utf-8"))
+    rows = [row for row in stored["rows"] if row["error"] is not None]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for marker, shape in zip("osD^v", dict.fromkeys(row["shape"] for row in rows), strict=False):
+        mine = [row for row in rows if row["shape"] == shape]
+        tokens = [row["real"]["kv_tokens"] for row in mine]
+        axes.scatter(tokens, [100 * row["error"] for row in mine], marker=marker, s=28, label=shape)
+    axes.axhspan(-0.5, 0.5, color="0.92", zorder=0, label="median must lie here")
+    for limit in (-2, 2):
+        axes.axhline(limit, color="0.6", linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", xlabel="KV tokens that were there", ylabel="more than planned, %", ylim=(-2.2, 2.2))
+    axes.set_title(stored["device"])
+    axes.legend(fontsize=8, ncols=3)
+    figure.savefig(picture, dpi=130)
+
+
 def main() -> None:
     """Plan all, start all, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,5 +280,7 @@ if __name__ == "__main__":
         plan_child()
     elif sys.argv[1:2] == ["start"]:
         start_child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["draw"]:
+        draw(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()
