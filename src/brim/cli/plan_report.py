@@ -84,7 +84,7 @@ def _ranks(plan: dict[str, Any], out: IO[str]) -> None:
     rows = []
     for one in plan["tensor_parallel"]:
         if one["refused"]:
-            rows.append((str(one["size"]), "-", "-", "does not fit" if "fit" in one["refused"] else "cannot be divided"))
+            rows.append((str(one["size"]), "-", "-", "cannot be divided" if "divided" in one["refused"] else "does not fit"))
             continue
         note = "" if one["runs_today"] else "predicted; does not run yet"
         rows.append((str(one["size"]), format_bytes(one["weight_bytes"]), f"{one['kv_tokens']:,}", note))

@@ -146,7 +146,8 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            self._fail_all(f"The server is shutting down; this request did not end within {timeout_s:g} s.")
+            late = f"; this request did not end within {timeout_s:g} s" if timeout_s else ""
+            self._fail_all(f"The server is shutting down{late}.")
             return False
         return True
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ State = Literal["starting", "ready", "down", "stopped"]
 _DEATHS = frozenset({"DeviceLost", "DeviceError", "EngineError"})
 _PING_ID = -1
 _CHECKS = 8  # of silence, within its limit
-_SHORTEST_CHECK_S, _LONGEST_CHECK_S = 0.05, 15.0
+_SHORTEST_CHECK_S, _LONGEST_CHECK_S = 0.05, 1.0  # the limit is another one from one moment to the next, when it is ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +225,7 @@ class Supervisor:
         silent_s = 0.0
         while True:
             limit_s = self._silence_limit_s()
-            pause_s = min(_LONGEST_CHECK_S, max(_SHORTEST_CHECK_S, (limit_s or _LONGEST_CHECK_S) / _CHECKS))
+            pause_s = min(_LONGEST_CHECK_S, max(_SHORTEST_CHECK_S, (limit_s or math.inf) / _CHECKS))
             if limit_s is not None and self.state == "ready" and (self._was_heard or not silent_s):
                 process.send(ControlCall(_PING_ID, "ping"))
             self._was_heard = False

@@ -198,7 +198,7 @@ class HttpServer:
         seconds, count = self._config.server.drain_seconds, engine.num_requests
         if count:
             some = "1 request" if count == 1 else f"{count} requests"
-            print(f"brim: stopping; {some} may take {seconds} s to finish.", file=sys.stderr, flush=True)
+            print(f"brim: stopping; {some} may take {seconds} s to finish; once more stops at once.", file=sys.stderr, flush=True)
         draining, hurrying = asyncio.create_task(engine.drain(seconds)), asyncio.create_task(self._hurry.wait())
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()

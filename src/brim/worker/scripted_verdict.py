@@ -143,7 +143,7 @@ def note_start(scenario: Scenario, result: RunResult) -> None:
             result.wrong.append(f"ranks differ: {one.worker.committed_blocks} and {worker.committed_blocks} blocks")
     expected = scenario.expect
     if expected.outcome != "starts":
-        result.wrong.append(f"it starts, but should refuse with {expected.error}")
+        result.wrong.append("it starts, but should refuse" + (f" with {expected.error}" if expected.error else ""))
     share = result.share or 0.0
     block = plan.split.layout.block_size
     slack = 0 if plan.kv_blocks == plan.min_blocks else 2 * block
