@@ -154,7 +154,7 @@ def suite(
     """
     from brim.cli import bench_suite
 
-    subjects = bench_suite.subjects_of(model or [], models, settings)
+    subjects = bench_suite.subjects_of(model or [], models, settings, _say)
     record = bench_suite.run_suite(subjects, parts.split(",") if parts else bench_suite.PARTS, _say)
     if output is not None:
         _write(output, record)

@@ -23,7 +23,7 @@ from brim.cli.options import build_config
 from brim.cli.workloads import workload_named
 from brim.config.model_source import open_model
 from brim.config.model_spec import ModelSpec
-from brim.errors import BrimError, ConfigError
+from brim.errors import BrimError, ConfigError, UnsupportedModel
 
 PARTS = ("start", "decode", "prefill", "workload", "long", "beside", "server")
 Say = Callable[[str], None]
@@ -64,14 +64,18 @@ class Subject:
     has_tokenizer: bool
 
 
-def subjects_of(models: Sequence[str], folder: Path | None, settings: Mapping[str, Any]) -> list[Subject]:
-    """The named models, and every shape (a folder with a config.json) in `folder`. Raises ConfigError, ModelError."""
-    named = [(Path(model).name or model, model) for model in models]
-    if folder is not None:
-        named += [(path.parent.name, str(path.parent)) for path in sorted(folder.glob("*/config.json"))]
-    if not named:
+def subjects_of(models: Sequence[str], folder: Path | None, settings: Mapping[str, Any], say: Say) -> list[Subject]:
+    """The named models, and every shape (a folder with a config.json) in `folder`; shapes that no model here has are left out and
+    said. Raises ConfigError, ModelError."""
+    found = [_subject(Path(model).name or model, model, dict(settings)) for model in models]
+    for path in sorted(folder.glob("*/config.json")) if folder is not None else ():
+        try:
+            found.append(_subject(path.parent.name, str(path.parent), dict(settings)))
+        except UnsupportedModel as error:
+            say(f"{path.parent.name} is left out: {error}")
+    if not found:
         raise ConfigError("There is nothing to measure; give --model MODEL, or --models FOLDER of folders with a config.json.")
-    return [_subject(name, model, dict(settings)) for name, model in named]
+    return found
 
 
 def _subject(name: str, model: str, settings: dict[str, Any]) -> Subject:

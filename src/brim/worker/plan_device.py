@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from brim.config.model_source import ModelSource
 from brim.config.schema import BrimConfig
@@ -65,17 +66,20 @@ def _of_profile(profile: DeviceProfile) -> PlanDevice:
 
 
 def _here(platform: Platform) -> PlanDevice:
-    """Opened once: kernels and libraries take their memory, then all plans are made from that reading."""
-    opened: dict[str, tuple[PlannedPlatform, KernelFacts]] = {}
+    """Kernels and libraries take their memory, then plans are made from that reading; once for each size of their buffers."""
+    opened: dict[tuple[Any, ...], tuple[PlannedPlatform, KernelFacts]] = {}
 
     def open_once(config: BrimConfig, source: ModelSource) -> tuple[PlannedPlatform, KernelFacts]:
-        if config.device.kernels not in opened:
+        spec = source.spec
+        sizes = (config.scheduler.max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
+        key = (config.device.kernels, *sizes)
+        if key not in opened:
             with platform.stream():
-                kernels = open_kernels(config, platform, source.spec).kernels
+                kernels = open_kernels(config, platform, spec).kernels
                 kernels.start_libraries()
-                opened[config.device.kernels] = (live_platform(platform), kernels)
+                opened[key] = (live_platform(platform), kernels)
                 kernels.close()
-        planned, kernel_facts = opened[config.device.kernels]
+        planned, kernel_facts = opened[key]
         return planned.beside(0), kernel_facts
 
     return PlanDevice(platform.name, str(platform.describe().get("device", platform.name)), "here", open_once, platform)

@@ -74,7 +74,10 @@ def plan_model(model: PlannedModel, device: PlanDevice, neighbour_bytes: int = 0
     found["tensor_parallel"] = _ranks(model, device)
     changes = []
     for change in changes_of(config, settings, device.opened(config, source)[0].capabilities):
-        changes.append({"setting": change.setting, "flags": change.flags, **_changed(device, change.config, source, base)})
+        if neighbour_bytes and change.setting == "memory":
+            continue  # its share was divided with the other models
+        differences = _changed(device, change.config, source, base, neighbour_bytes)
+        changes.append({"setting": change.setting, "flags": change.flags, **differences})
     found["changes"] = changes
     gaining = [one for one in changes if (one["delta_kv_tokens"] or 0) > 0]
     found["best_change"] = max(gaining, key=lambda one: int(one["delta_kv_tokens"]), default=None)
@@ -154,11 +157,13 @@ def summary(settings: StartSettings) -> dict[str, Any]:
     }
 
 
-def _changed(device: PlanDevice, config: BrimConfig, source: ModelSource, base: dict[str, Any]) -> dict[str, Any]:
+def _changed(
+    device: PlanDevice, config: BrimConfig, source: ModelSource, base: dict[str, Any], neighbour_bytes: int
+) -> dict[str, Any]:
     """The plan with a change, as differences; `refused` where there is none."""
     keys = ("kv_tokens", "cap_bytes", "full_length_requests", "bytes")
     try:
-        found = summary(device.plan(config, source))
+        found = summary(device.plan(config, source, neighbour_bytes))
     except BrimError as error:
         return {**dict.fromkeys(keys), "delta_kv_tokens": None, "delta_cap_bytes": None, "refused": str(error)}
     return {

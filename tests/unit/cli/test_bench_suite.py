@@ -112,6 +112,15 @@ def test_an_unknown_part_is_said_before_anything_runs(brim_command: Brim, shapes
     assert "no part 'speed'" in ended.err
 
 
+def test_a_shape_that_no_model_here_has_is_left_out_and_said(tmp_path: Path) -> None:
+    for name, changes in (("known", {}), ("other", {"model_type": "mixture", "architectures": ["MixtureForCausalLM"]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    said: list[str] = []
+    (subject,) = bench_suite.subjects_of([], tmp_path, {}, said.append)
+    assert subject.name == "known" and len(said) == 1 and said[0].startswith("other is left out: ")
+
+
 def test_nothing_to_measure_is_said(brim_command: Brim, tmp_path: Path) -> None:
     assert "--model" in brim_command("bench", "suite", "--models", str(tmp_path)).err
 

@@ -136,6 +136,7 @@ def test_several_models_share_a_device(tmp_path: Path) -> None:
     for one in found:
         alone = plan(one["model"], memory=f"{one['share_bytes'] // MIB}MiB", max_model_len=8192)
         assert alone["kv_tokens"] == one["kv_tokens"], "the flag that is shown gives the plan that is shown"
+        assert "memory" not in {change["setting"] for change in one["changes"]}, "the rest is the other model's"
     with pytest.raises(MemoryBudgetError, match="do not fit together"):
         plan_starts([models[0], models[0]], ["rtx4090-24g"])
     with pytest.raises(ConfigError, match="share"):
