@@ -155,7 +155,12 @@ def suite(
     from brim.cli import bench_suite
 
     subjects = bench_suite.subjects_of(model or [], models, settings, _say)
-    record = bench_suite.run_suite(subjects, parts.split(",") if parts else bench_suite.PARTS, _say)
+
+    def keep(record: dict[str, Any]) -> None:
+        if output is not None:
+            _write(output, record)
+
+    record = bench_suite.run_suite(subjects, parts.split(",") if parts else bench_suite.PARTS, _say, keep)
     if output is not None:
         _write(output, record)
     if plot is not None:

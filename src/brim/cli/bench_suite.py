@@ -87,8 +87,11 @@ def _subject(name: str, model: str, settings: dict[str, Any]) -> Subject:
     return Subject(name, model, settings, source.spec, source.files.tokenizer_path is not None or "tokenizer" in settings)
 
 
-def run_suite(subjects: Sequence[Subject], parts: Sequence[str], say: Say) -> dict[str, Any]:
-    """The record: what it was measured on, limits, and for each model its parts and figures."""
+def run_suite(
+    subjects: Sequence[Subject], parts: Sequence[str], say: Say, keep: Callable[[dict[str, Any]], None] = lambda record: None
+) -> dict[str, Any]:
+    """The record: what it was measured on, limits, and for each model its parts and figures. keep gets it after each model, as
+    far as it is, so that a run which is cut off leaves something."""
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise ConfigError(f"There is no part '{min(unknown)}'; the parts are {', '.join(PARTS)}.")
@@ -114,6 +117,7 @@ def run_suite(subjects: Sequence[Subject], parts: Sequence[str], say: Say) -> di
     for subject in subjects:
         found = _Run(subject, sizes, parts, say).all()
         record["models"][subject.name] = {**found, "host_memory": host_memory}
+        keep(record)
     if host_memory:  # neighbours take bandwidth: what was reached later could be reached before
         again = measure_limits(device, threads)
         limits["bandwidth_bytes_per_s"] = max(limits["bandwidth_bytes_per_s"], again["bandwidth_bytes_per_s"])

@@ -243,11 +243,15 @@ def run_engine(
     end = threading.Timer(timeout_s, child.kill)
     end.start()
     assert child.stdout is not None, "its stdout is a pipe"
-    with child.stdout:
-        for line in child.stdout:
-            failure = _note(run, json.loads(line), started) or failure
-    status = child.wait()
-    end.cancel()
+    try:
+        with child.stdout:
+            for line in child.stdout:
+                if line.startswith("{"):  # a library may print there too
+                    failure = _note(run, json.loads(line), started) or failure
+        status = child.wait()
+    finally:
+        child.kill()
+        end.cancel()
     if status:
         raise EngineError(f"The measured process ended with {status}: {failure or 'its own output says more'}")
     return run

@@ -106,6 +106,24 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(
     assert len({folder for *_, folder in asked}) == 1
 
 
+def test_a_suite_that_is_cut_off_leaves_what_it_measured(
+    brim_command: Brim, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def measure_limits(device: str, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(device)
+        if len(asked) > 1:
+            raise EngineError("it was cut off.")
+        return {**LIMITS, "host_memory": True, "device": {"device": "a fake"}}
+
+    monkeypatch.setattr(bench_suite, "run_engine", lambda *_, **__: EngineRun(1.5, 1.6, 7 * MIB, {}, {}, {"kv": KV}))
+    monkeypatch.setattr(bench_suite, "measure_limits", measure_limits)
+    ended = brim_command("bench", "suite", "--models", str(shapes), "--parts", "start", "--output", str(tmp_path / "record.json"))
+    assert ended.code == 1 and "cut off" in ended.err
+    assert json.loads((tmp_path / "record.json").read_text())["models"]["tiny"]["start_second"]["ready_s"] == 1.5
+
+
 def test_an_unknown_part_is_said_before_anything_runs(brim_command: Brim, shapes: Path) -> None:
     ended = brim_command("bench", "suite", "--models", str(shapes), "--parts", "speed")
     assert ended.code == 1
