@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from brim.memory.kv_layout import KVGroup, KVLayout
 from brim.memory.step_memory import StepLimits
-from brim.worker.step_inputs import StepArrays, StepInputs
+from brim.worker.step_inputs import StepArrays, StepInputs, StepShape
 
 LIMITS = StepLimits(max_num_seqs=6, max_num_tokens=96, max_model_len=128)
 LAYOUT = KVLayout(
@@ -54,6 +54,21 @@ def test_fill_matches_a_loop_over_tokens(step: StepArrays) -> None:
     assert inputs.sample_rows[: len(last)].tolist() == last.tolist()
     assert [b.window for b in batches] == [0, 32]
     assert batches[0].max_query_len == step.query_lens.max()
+
+
+def test_padding_has_ids_that_there_are() -> None:
+    """Whatever earlier steps left: ids that the device fills in are -1 on the host."""
+    inputs = StepInputs(LIMITS, LAYOUT, torch.device("cpu"))
+
+    def decode(num_seqs: int) -> StepArrays:
+        tables = tuple(np.ones((num_seqs, 1), dtype=np.int32) for _ in LAYOUT.groups)
+        ones, zeros = np.ones(num_seqs, dtype=np.int32), np.zeros(num_seqs, dtype=np.int32)
+        return StepArrays(np.full(num_seqs, -1, dtype=np.int64), ones, zeros, tables, np.arange(num_seqs, dtype=np.int32))
+
+    for _ in range(3):
+        inputs.fill(decode(6))
+    inputs.fill(decode(2), StepShape(6, 6, 1, 128))
+    assert inputs.ids[:6].tolist() == [-1, -1, 0, 0, 0, 0]
 
 
 def test_bytes_are_known_before_building() -> None:
