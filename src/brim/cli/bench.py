@@ -161,8 +161,7 @@ def suite(
             _write(output, record)
 
     record = bench_suite.run_suite(subjects, parts.split(",") if parts else bench_suite.PARTS, _say, keep)
-    if output is not None:
-        _write(output, record)
+    keep(record)
     if plot is not None:
         from brim.cli.bench_roofline import draw
 
