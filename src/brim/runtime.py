@@ -80,7 +80,7 @@ def build_engine_core(
 
     def make_kernels(max_num_seqs: int) -> Kernels:
         spec, native = source.spec, config.device.kernels != "torch"
-        limits = KernelLimits(max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
+        limits = KernelLimits.of(spec, max_num_seqs)
         selection = parts.select_kernels(platform.torch_device(), config.device.num_threads, spec.head_dim, native, limits)
         selections.append(selection)
         if meanwhile is not None:

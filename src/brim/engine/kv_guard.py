@@ -46,8 +46,6 @@ class KVGuard:
 
     def relieve(self) -> bool:
         """A step was out of memory: give blocks back. False where nothing more can be given."""
-        if not self._executor.gives_back:
-            return False
         committed_bytes = self._committed_bytes()
         wanted = max(self._executor.pressure_bytes(), committed_bytes // self._share)
         self._share = max(2, self._share // 2)
@@ -58,8 +56,6 @@ class KVGuard:
     def adjust(self) -> None:
         """Follow the device's pressure, either way."""
         self._steps_to_check = self._interval_steps
-        if not self._executor.gives_back:
-            return
         pressure_bytes = self._executor.pressure_bytes()
         if pressure_bytes > 0:
             self._give_back(pressure_bytes, self._scheduler.least_blocks(self._scheduler.limits.max_model_len))
@@ -70,7 +66,7 @@ class KVGuard:
 
     def grow_now(self) -> bool:
         """Take back what the device can spare, pause or not: a sequence cannot go on without. True where blocks were gained."""
-        pressure_bytes = self._executor.pressure_bytes() if self._executor.gives_back else 0
+        pressure_bytes = self._executor.pressure_bytes()
         return pressure_bytes < 0 and self._grow(-pressure_bytes)
 
     def _committed_bytes(self) -> int:
@@ -79,6 +75,8 @@ class KVGuard:
     def _give_back(self, num_bytes: int, floor: tuple[int, ...]) -> bool:
         """At least num_bytes, where blocks can be spared: memory goes back in the device's units, which may be far larger than a
         block. False where nothing went back."""
+        if not self._executor.gives_back:
+            return False
         before_bytes = self._committed_bytes()
         wanted_bytes, given_bytes = num_bytes, 0
         while True:
@@ -111,7 +109,7 @@ class KVGuard:
         pools = self._scheduler.blocks.pools
         before = self._scheduler.blocks.num_blocks
         missing_bytes = self._layout.bytes_for(tuple(pool.capacity - pool.num_blocks for pool in pools))
-        if not missing_bytes:
+        if not missing_bytes or not self._executor.gives_back:
             return False
         share_bytes = min(num_bytes, missing_bytes)
         targets = tuple(p.num_blocks + (p.capacity - p.num_blocks) * share_bytes // missing_bytes for p in pools)

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-
-_LIBRARIES = {"libcuda.so.1": "cuInit"}  # others initialise in a context's first call; hipInit was never tried
+from contextlib import suppress
 
 
 def begin() -> None:
-    """Initialise every driver that is there, in a thread. Nothing is raised: who needs the driver finds out why it is missing."""
+    """Initialise CUDA's driver where it is there, in a thread. Nothing is raised: who needs it finds out why it is missing."""
     threading.Thread(target=_initialise, daemon=True).start()
 
 
 def _initialise() -> None:
-    for library, function in _LIBRARIES.items():
-        try:
-            getattr(ctypes.CDLL(library), function)(0)
-        except (OSError, AttributeError):
-            continue
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuInit(0)

@@ -114,7 +114,7 @@ def measured_start(worker: DeviceWorker) -> MeasuredStart:
     choice, sizes, capabilities = settings.graphs, settings.sizes, platform.capabilities
     captured = bool(worker.num_programs)
     spec = settings.spec
-    limits = KernelLimits(settings.limits.max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
+    limits = KernelLimits.of(spec, settings.limits.max_num_seqs)
     backend, num_cores = _BACKENDS.get(kernels.name, kernels.name), int(getattr(kernels, "num_cores", 1))
     now = platform.reading()
     later = [record for record in records if record.name not in ("open", "capture")]

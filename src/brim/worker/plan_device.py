@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from brim.config.model_source import ModelSource
 from brim.config.schema import BrimConfig
@@ -17,7 +16,7 @@ from brim.platforms.base import Platform
 from brim.platforms.profile import DeviceProfile, find_profile
 from brim.platforms.profile_platform import PlannedPlatform, live_platform, profile_platform
 from brim.worker.phases import StartSettings
-from brim.worker.start_preview import open_kernels
+from brim.worker.start_preview import kernel_limits, open_kernels
 from brim.worker.startup import plan_start
 
 THIS = "this"
@@ -55,10 +54,7 @@ def plan_device(name: str, detect: Callable[[str], Platform], platforms: set[str
 def _of_profile(profile: DeviceProfile) -> PlanDevice:
     def opened(config: BrimConfig, source: ModelSource) -> tuple[PlannedPlatform, KernelFacts]:
         backend = "torch" if config.device.kernels == "torch" else profile.kernels
-        bare = profile_platform(profile)
-        spec = source.spec
-        most_seqs = config.scheduler.max_num_seqs or bare.default_limits().max_num_seqs
-        limits = KernelLimits(most_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
+        limits = kernel_limits(config, profile_platform(profile), source.spec)
         kernels = planned_kernels(backend, limits, profile.costs.of("num_cores"))
         return profile_platform(profile, kernels.buffers), kernels
 
@@ -67,15 +63,13 @@ def _of_profile(profile: DeviceProfile) -> PlanDevice:
 
 def _here(platform: Platform) -> PlanDevice:
     """Kernels and libraries take their memory, then plans are made from that reading; once for each size of their buffers."""
-    opened: dict[tuple[Any, ...], tuple[PlannedPlatform, KernelFacts]] = {}
+    opened: dict[tuple[str, KernelLimits], tuple[PlannedPlatform, KernelFacts]] = {}
 
     def open_once(config: BrimConfig, source: ModelSource) -> tuple[PlannedPlatform, KernelFacts]:
-        spec = source.spec
-        sizes = (config.scheduler.max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
-        key = (config.device.kernels, *sizes)
+        key = (config.device.kernels, kernel_limits(config, platform, source.spec))
         if key not in opened:
             with platform.stream():
-                kernels = open_kernels(config, platform, spec).kernels
+                kernels = open_kernels(config, platform, source.spec).kernels
                 kernels.start_libraries()
                 opened[key] = (live_platform(platform), kernels)
                 kernels.close()

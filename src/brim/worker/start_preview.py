@@ -83,10 +83,14 @@ def _decide(config: BrimConfig, platform: Platform, source: ModelSource, has_mod
 
 def open_kernels(config: BrimConfig, platform: Platform, spec: ModelSpec) -> KernelSelection:
     """The kernels that a start would take."""
-    most_seqs = config.scheduler.max_num_seqs or platform.default_limits().max_num_seqs
-    limits = KernelLimits(most_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
     native = config.device.kernels != "torch"
+    limits = kernel_limits(config, platform, spec)
     return select_kernels(platform.torch_device(), config.device.num_threads, spec.head_dim, native, limits)
+
+
+def kernel_limits(config: BrimConfig, platform: Platform, spec: ModelSpec) -> KernelLimits:
+    """What decides how large the kernels' own buffers are."""
+    return KernelLimits.of(spec, config.scheduler.max_num_seqs or platform.default_limits().max_num_seqs)
 
 
 def _limits(config: BrimConfig, settings: StartSettings, has_model: bool) -> dict[str, Any]:

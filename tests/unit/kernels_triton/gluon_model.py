@@ -58,21 +58,21 @@ class Pointer:
 
     def load(self, mask: Any = None, other: float = 0.0) -> Any:
         """The elements at the offsets; `other` where the mask is off."""
-        at = torch.as_tensor(self._offset).as_subclass(Tensor).long()
-        keep = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand(at.shape)
-        self._check(at[keep])
+        at, keep = self._places(mask)
         return block(torch.where(keep, self._storage[torch.where(keep, at, 0)], other).to(self._storage.dtype))
 
     def store(self, value: Any, mask: Any = None) -> None:
         """Write where the mask is on."""
-        at = torch.as_tensor(self._offset).as_subclass(Tensor).long()
-        keep = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand(at.shape)
-        self._check(at[keep])
+        at, keep = self._places(mask)
         self._storage[at[keep]] = value.as_subclass(Tensor).expand(at.shape)[keep].to(self._storage.dtype)
 
-    def _check(self, at: Tensor) -> None:
-        if at.numel() and not 0 <= int(at.min()) <= int(at.max()) < self._storage.numel():
+    def _places(self, mask: Any) -> tuple[Tensor, Tensor]:
+        at = torch.as_tensor(self._offset).as_subclass(Tensor).long()
+        keep = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand(at.shape)
+        real = at[keep]
+        if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < self._storage.numel():
             raise GluonFault("an address out of bounds")
+        return at, keep
 
 
 class Barrier:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from brim.config.model_spec import ModelSpec
 from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, SAMPLE_CHUNK, SAMPLE_PART
 from brim.units import ceil_div, round_up
 
@@ -26,6 +27,11 @@ class KernelLimits:
     head_dim: int
     vocab_size: int
 
+    @classmethod
+    def of(cls, spec: ModelSpec, max_num_seqs: int) -> KernelLimits:
+        """For steps of a model."""
+        return cls(max_num_seqs, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size)
+
     @property
     def chunks(self) -> int:
         """Pieces a row of logits is reduced in."""
@@ -38,8 +44,8 @@ class KernelLimits:
     def buffer_shapes(self, num_cores: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Every scratch buffer: name -> (shape, dtype).
 
-        Example: 132 cores, 32 heads over 8 KV heads of 128: 33 parts a head, so sums hold 33 * 2 * 8 slots of 4 x 128
-        floats, 1,081,344 bytes.
+        Example: 132 cores, 32 heads over 8 KV heads of 128: 66 parts a head, so sums hold 66 * 2 * 8 slots of 4 x 128
+        floats, 2,162,688 bytes.
         """
         slots, group = self.decode_parts(num_cores) * 2 * self.num_kv_heads, self.num_heads // self.num_kv_heads
         rows = (self.max_num_seqs, self.chunks)

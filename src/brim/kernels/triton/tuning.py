@@ -103,9 +103,10 @@ def product_tile(num_rows: int, cols: int, depth: int, *, gated: bool, element_b
     tile = PRODUCT_TILES[rows, gated]
     shrink = element_bytes // 2
     width = max(16, min(tile.depth // shrink, next_power_of_2(depth)))
-    ahead = 0 if tile.rows == 1 and width >= depth else min(tile.ahead, depth)  # the first tile of one row is loaded anyway
     warps = max(1, tile.warps * width // tile.depth)
-    return replace(tile, depth=width, warps=warps, ahead=ahead, cols=min(tile.cols, max(16, next_power_of_2(cols))))
+    return replace(
+        tile, depth=width, warps=warps, ahead=min(tile.ahead, depth), cols=min(tile.cols, max(16, next_power_of_2(cols)))
+    )
 
 
 PRODUCT_TILES = {
