@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from cuda_timing import MODELS, graph_ms
 from triton.backends.compiler import GPUTarget
-from tuning_cases import Build, Candidate, Case, decode_cases, prefill_cases, product_cases
+from tuning_cases import Build, Candidate, Case, decode_cases, prefill_cases
+from tuning_products import product_cases
 from tuning_step import prefill_step_cases, step_cases
 
 from brim.kernels.triton.compile_pool import CompilePool

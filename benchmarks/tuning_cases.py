@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cuda_timing import ModelShape, copies_for, paged_case
+from cuda_timing import ModelShape, paged_case
 from fresh_attention import fresh_attention_kernel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from brim.kernels.triton.attention import AttentionLauncher
+from brim.kernels.triton.chip import Chip
 from brim.kernels.triton.hopper_launch import HopperLauncher
-from brim.kernels.triton.kernels import Chip, TritonKernels
+from brim.kernels.triton.kernels import TritonKernels
 from brim.kernels.triton.launch import Launch, depending
-from brim.kernels.triton.products import ProductLauncher
 from brim.kernels.triton.scratch import KernelLimits, Scratch
 from brim.kernels.triton.tiles import LOG2_E
-from brim.kernels.triton.tuning import AttentionTile, ProductTile
+from brim.kernels.triton.tuning import AttentionTile
 
 BF16 = torch.bfloat16
 BYTES_PER_S = 3.0e12  # what a copy reaches on an H100
@@ -70,83 +70,12 @@ def kernels_on(shape: ModelShape, device: str, launch: Launch) -> TritonKernels:
     return TritonKernels(device, limits, CHIP, launch)
 
 
-# -- products of few rows
-
-VECTOR = "2 1024 2 2 0,4 1024 4 2 0,4 1024 4 2 1024,4 2048 8 2 0,8 1024 4 2 1024,8 512 4 3 1024,16 512 8 3 1024"
-SKINNY = "16 256 2 4 0,16 256 2 4 1024,16 256 1 4 1024,16 512 2 3 1024,32 256 4 4 1024,32 128 4 5 1024,64 128 4 4 1024"
-WIDE = "16 128 4 4 1024,32 128 4 4 1024,32 256 4 3 1024,64 128 4 4 1024,128 64 4 5 1024"
-ROWS = {1: (1, VECTOR), 8: (16, SKINNY), 64: (64, WIDE)}
-
-
-def product_tiles(rows: int) -> list[ProductTile]:
-    """Columns, depth, warps, stages, columns asked for ahead."""
-    block, text = ROWS[rows]
-    numbers = [tuple(map(int, group.split())) for group in text.split(",")]
-    return [ProductTile(block, cols, depth, warps, stages, ahead) for cols, depth, warps, stages, ahead in numbers]
-
-
-def product_cases(shape: ModelShape) -> Iterator[tuple[str, Build]]:
-    """Every product of a layer with its neighbours, and the logits, at 1, 8 and 64 rows."""
-    for rows in ROWS:
-        for name, (cols, depth) in (shape.linears() | {"lm_head": (shape.vocab, shape.hidden)}).items():
-            yield (
-                f"{name} M={rows}",
-                lambda d, launch, n=name, c=cols, k=depth, r=rows: product_case(shape, n, c, k, r, d, launch),
-            )
-
-
-def product_case(shape: ModelShape, name: str, cols: int, depth: int, rows: int, device: str, launch: Launch) -> Case:
-    """Today: norm, library product, activation, one after the other. Candidates: one launch, started early."""
-    gated, normed, added, wide = name == "gate_up", name in ("qkv", "gate_up"), name in ("o", "down"), name == "lm_head"
-    num_bytes = cols * depth * 2
-    count = copies_for(num_bytes, most=48)
-    case = Case(f"{name} M={rows}", num_bytes / BYTES_PER_S * 1e3)
-    kernels = kernels_on(shape, device, launch)
-    weights = [kernels.new_linear(cols, depth, BF16) for _ in range(1 if device == "meta" else count)]
-    matrices = [weight.storage for weight in weights]  # type: ignore[attr-defined]
-    if device != "meta":
-        for matrix in matrices:
-            matrix.normal_(0, depth**-0.5)
-    x, norm, eps = noise(device, rows, depth), torch.ones(depth, device=device), 1e-6
-    out = torch.empty(rows, cols // 2 if gated else cols, dtype=torch.float32 if wide else BF16, device=device)
-    middle, residual, hidden = noise(device, rows, cols), noise(device, rows, depth), noise(device, rows, depth)
-
-    def today(weight: Any) -> None:
-        if normed:
-            kernels.add_rms_norm(x, residual, norm, eps, hidden)
-        kernels.linear(hidden if normed else x, weight, middle if gated else out)
-        if gated:
-            kernels.gated_activation(middle, out, "silu")
-
-    case.candidates.append(Candidate("today", [lambda w=w: today(w) for w in weights], is_today=True))
-    case.expected = product_reference(x, matrices[0], eps, normed=normed, gated=gated) if device != "meta" else None
-    options: dict[str, Any] = {"norm": norm, "eps": eps} if normed else {}
-    options |= {"activation": "silu"} if gated else {"added": added}
-    run = ProductLauncher(depending(launch)).launch
-    for tile in product_tiles(rows):
-        if tile.depth > 2 * depth or (tile.ahead and tile.rows == 1 and tile.depth >= depth):
-            continue
-        calls = [lambda m=m, t=tile: run(x, m, out, t, **options) for m in matrices]
-        case.candidates.append(Candidate(f"{tile.cols}x{tile.depth} w{tile.warps} s{tile.stages} a{tile.ahead}", calls, out))
-        case.candidates[-1].setting = tile
-    return case
-
-
-def product_reference(x: Tensor, matrix: Tensor, eps: float, *, normed: bool, gated: bool) -> Tensor:
-    """In float32 from the rounded inputs."""
-    rows = x.float()
-    if normed:
-        rows = (rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)).to(BF16).float()
-    product = rows @ matrix.float().t()
-    gate, up = product.chunk(2, dim=1) if gated else (product, product)
-    return torch.nn.functional.silu(gate) * up if gated else product
-
-
 # -- decode attention
 
-DECODE = "64 4 3 2,64 4 5 2,64 4 3 3,64 4 3 4,32 4 3 4,32 2 5 4,64 2 5 3,128 8 3 2,128 4 3 2"
+DECODE = "32 2 5 4,32 2 5 2,32 2 5 3,64 2 3 4"
 LOADS = {
     "1x264": [264],
+    "8x264": [264] * 8,
     "64x264": [264] * 64,
     "146xW": [400 + 9 * i for i in range(146)],
     "256x1000": [1000] * 256,

@@ -13,22 +13,21 @@ from tuning_cases import BYTES_PER_S, CHIP, OPERATIONS_PER_S, Candidate, Case
 
 from brim.config.model_spec import ModelSpec, spec_from_hf_config
 from brim.kernels.base import AttentionBatch, SamplingBatch
-from brim.kernels.triton.choice import KernelChoice
+from brim.kernels.triton.choice import CHOSEN, KernelChoice
 from brim.kernels.triton.kernels import TritonKernels
 from brim.kernels.triton.launch import Launch
 from brim.kernels.triton.scratch import KernelLimits
+from brim.kernels.triton.tuning import FEW_ROWS
 from brim.models.base import StepTensors
 from brim.models.decoder import DecoderModel
 
 CHOICES = {
     "today": KernelChoice(),
     "early": KernelChoice(dependent_launch=True),
-    "fused 1": KernelChoice(fused_rows=1),
-    "fused 1 early": KernelChoice(dependent_launch=True, fused_rows=1),
-    "fused 16 early": KernelChoice(dependent_launch=True, fused_rows=16),
-    "fused 64 early": KernelChoice(dependent_launch=True, fused_rows=64),
+    "fused early": KernelChoice(dependent_launch=True, fused_row=True),
+    "hopper early": CHOSEN,
 }
-LOADS = ((1, 264), (8, 264), (64, 264), (146, 900), (256, 1000))
+LOADS = ((1, 264), (4, 264), (8, 264), (16, 264), (64, 264))
 BLOCK = 16
 
 
@@ -124,8 +123,8 @@ def step_cases(name: str, shape: ModelShape, device: str, launch: Launch) -> Ite
     for seqs, length in LOADS:
         case = Case(f"step {seqs}x{length}", (2 * weights + seqs * length * kv_bytes) / BYTES_PER_S * 1e3, worst_error=0.1)
         for label, choice in CHOICES.items():
-            if choice.fused_rows and choice.fused_rows < seqs:
-                continue
+            if seqs > (FEW_ROWS if choice.hopper else 1 if choice.fused_row else seqs):
+                continue  # the same kernels
             run = made.step(1, seqs, length, choice, launch)
             case.candidates.append(Candidate(label, [run], made.logits[:seqs], label == "today", choice))
         yield case
@@ -139,8 +138,8 @@ def prefill_step_cases(name: str, shape: ModelShape, device: str, launch: Launch
     case = Case("prefill step of 8000", operations / OPERATIONS_PER_S * 1e3, worst_error=0.1)
     choices = {"today": KernelChoice(), "early": KernelChoice(dependent_launch=True)}
     if hopper:
-        choices = {"today": KernelChoice(), "hopper": KernelChoice(hopper_prefill=True),
-                   "hopper early": KernelChoice(dependent_launch=True, hopper_prefill=True)}  # fmt: skip
+        choices = {"today": KernelChoice(), "hopper": KernelChoice(hopper=True),
+                   "hopper early": KernelChoice(dependent_launch=True, hopper=True)}  # fmt: skip
     for label, choice in choices.items():
         run = made.step(8000, 1, 8000, choice, launch)
         case.candidates.append(Candidate(label, [run], made.logits[:1], label == "today", choice))

@@ -51,6 +51,7 @@ FACTORIES: dict[str, str] = {
     "kernels.select:select_kernels": "the native kernels are built only where they are wanted",
     "kernels.select:_triton": "Triton is installed only where there is an accelerator",
     "kernels.triton.kernels:_hopper_launcher": "Gluon is slow to import and needed on one kind of chip only",
+    "kernels.triton.kernels:_hopper_products": "Gluon is slow to import and needed on one kind of chip only",
     "platforms.cuda:open_cuda": "the vendor's libraries are installed only where there is such a device",
     "platforms.rocm:open_rocm": "the vendor's library is installed only where there is such a device",
     "platforms.detect:_cuda": "torch and the vendor's libraries are loaded only where the device is asked for",

@@ -190,6 +190,14 @@ class Kernels(ABC):
     def gated_activation(self, gate_up: Tensor, out: Tensor, activation: Activation) -> None:
         """out[T, N] = act(gate_up[T, :N]) * gate_up[T, N:2N], computed in float32; out may be gate_up[:, :N]."""
 
+    def gated_linear(
+        self, x: Tensor, weight: LinearWeight, gate_up: Tensor, out: Tensor, activation: Activation, bias: Tensor | None = None
+    ) -> None:
+        """out[T, N] = act(gate) * up, the halves of x[T, K] @ weight[2N, K].T (+ bias[2N] f32). gate_up[T, 2N] is there to hold
+        them and may be left as it was; out may be gate_up[:, :N]."""
+        self.linear(x, weight, gate_up, bias)
+        self.gated_activation(gate_up, out, activation)
+
     @abstractmethod
     def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
         """out[R, N] = x[rows[R] int64]."""

@@ -171,8 +171,7 @@ class DecoderModel(Model):
         num_tokens = hidden.shape[0]
         gate_up = step.buffers["gate_up"][:num_tokens]
         activated = gate_up[:, : self.spec.intermediate_size]
-        kernels.linear(hidden, layer.gate_up, gate_up, layer.gate_up_bias)
-        kernels.gated_activation(gate_up, activated, self.spec.activation)
+        kernels.gated_linear(hidden, layer.gate_up, gate_up, activated, self.spec.activation, layer.gate_up_bias)
         kernels.linear(activated, layer.down, hidden, layer.down_bias)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:

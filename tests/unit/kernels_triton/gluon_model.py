@@ -36,7 +36,8 @@ class Block(Tensor):
 def block(value: Any) -> Any:
     """As a Block; numbers become scalars of 32 bits."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(value, dtype=torch.int32 if isinstance(value, int) else torch.float32)
+        kinds = {bool: torch.bool, int: torch.int32, float: torch.float32}
+        value = torch.tensor(value, dtype=kinds[type(value)])
     return value.as_subclass(Block)
 
 
@@ -177,11 +178,14 @@ class Machine:
         self._names: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": self._import}, "__name__": "kernel"}
         exec(compile(edit(source.read_text()), str(source), "exec"), self._names)
 
-    def launch(self, kernel: Any, grid: tuple[int], *arguments: Any, num_warps: int, **constants: Any) -> None:
-        """Run every program of the grid, one after the other; a Launch."""
+    def launch(
+        self, kernel: Any, grid: tuple[int], *arguments: Any, num_warps: int, maxnreg: int = 255, **constants: Any
+    ) -> None:
+        """Run every program of the grid, one after the other in any order; a Launch."""
         given = [_argument(one) for one in arguments]
         self._num_programs = grid[0]
-        for self._program in range(grid[0]):
+        for program in self._random.sample(range(grid[0]), grid[0]):
+            self._program = program
             self._names[kernel.fn.__name__](*given, **constants)
 
     # -- taking turns
@@ -251,12 +255,13 @@ class Machine:
             NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *args: None),
             constexpr=lambda value: value, static_range=range, float32=torch.float32, int32=torch.int32, int64=torch.int64,
             program_id=lambda axis: block(self._program), num_programs=lambda axis: block(self._num_programs),
-            load=lambda at, mask=None, other=0.0: at.load(mask, other), store=lambda at, value, mask=None: at.store(value, mask),
+            load=lambda at, mask=None, other=0.0, cache_modifier="": at.load(mask, other), atomic_add=_atomic_add,
+            store=lambda at, value, mask=None: at.store(block(value), mask), thread_barrier=lambda: None, exp=torch.exp,
             allocate_shared_memory=self._allocate, warp_specialize=self.specialize, convert_layout=lambda value, layout: value,
             arange=lambda start, end, layout: block(torch.arange(start, end, dtype=torch.int32)),
             zeros=lambda shape, dtype, layout: block(torch.zeros(shape, dtype=dtype)),
             full=lambda shape, value, dtype, layout: block(torch.full(shape, value, dtype=dtype)),
-            zeros_like=torch.zeros_like, exp2=torch.exp2, where=torch.where,
+            zeros_like=torch.zeros_like, exp2=torch.exp2, where=lambda on, a, b: torch.where(block(on), a, b),
             minimum=lambda a, b: torch.minimum(block(a), block(b)), maximum=lambda a, b: torch.maximum(block(a), block(b)),
             max=lambda value, axis: value.max(axis).values, sum=lambda value, axis: value.sum(axis, dtype=value.dtype),
         )  # fmt: skip
@@ -289,13 +294,13 @@ class Machine:
     def _copy(self, source: Any, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
         row, column = (int(one) for one in at)
         rows, cols = to.data.shape
-        bounds = source.tensor.shape
-        if row < 0 or column < 0 or row + rows > bounds[0] or column + cols > bounds[1]:
-            raise GluonFault("a copy out of bounds")
+        if row < 0 or column < 0:
+            raise GluonFault("a copy from before the matrix")
         to.data.fill_(float("nan"))
 
         def arrives() -> None:
-            to.data.copy_(source.tensor[row : row + rows, column : column + cols])
+            inside = source.tensor[row : row + rows, column : column + cols]  # past the ends there is zero
+            to.data.zero_()[: inside.shape[0], : inside.shape[1]] = inside
             barrier.copied(to.data.numel() * to.data.element_size())
 
         self._copies.append(arrives)
@@ -370,10 +375,18 @@ def _argument(value: Any) -> Any:
     """As a kernel sees it: a pointer, a descriptor, a number."""
     if isinstance(value, Tensor):
         return Pointer.to(value)
+    if isinstance(value, int):
+        return block(value)
     if hasattr(value, "base"):
         tensor = value.base.as_strided(value.shape, value.strides)
         return SimpleNamespace(tensor=tensor, dtype=tensor.dtype, layout=None)
     return value
+
+
+def _atomic_add(at: Pointer, value: int, sem: str) -> Any:
+    before = at.load()
+    at.store(before + value)
+    return before
 
 
 def _jit(function: Any = None, **options: Any) -> Any:

@@ -26,8 +26,9 @@ from brim.config.model_source import open_model
 from brim.config.model_spec import ModelSpec, spec_from_hf_config
 from brim.config.resolve import resolve
 from brim.engine.sampling_params import SamplingParams
+from brim.kernels.triton.chip import Chip
 from brim.kernels.triton.choice import CHOSEN, KernelChoice
-from brim.kernels.triton.kernels import Chip, TritonKernels
+from brim.kernels.triton.kernels import TritonKernels
 from brim.kernels.triton.rehearsal import TritonRehearsal
 from brim.kernels.triton.scratch import KernelLimits
 from brim.kernels.triton.variant import Variant, VariantList
@@ -59,9 +60,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LENGTH, SEQS, TOKENS = 200, 20, 160
 # The most variants of a kernel, for each attention window; 1 where nothing is said.
 MOST = {"prefill_attention_kernel": 3, "rope_and_cache_kernel": 2, "pick_kernel": 2, "count_ids_kernel": 2, "matmul_kernel": 2,
-        "gather_kernel": 2, "skinny_product_kernel": 15, "vector_product_kernel": 5}  # fmt: skip
-CHOICES = (CHOSEN, KernelChoice(dependent_launch=True), KernelChoice(dependent_launch=True, fused_rows=16),
-           KernelChoice(fused_rows=64, hopper_prefill=True))  # fmt: skip
+        "gather_kernel": 2, "skinny_product_kernel": 5, "vector_product_kernel": 5, "hopper_product_kernel": 8}  # fmt: skip
+CHOICES = (CHOSEN, KernelChoice(dependent_launch=True), KernelChoice(dependent_launch=True, fused_row=True),
+           KernelChoice(hopper=True))  # fmt: skip
 
 
 def kernel_limits(spec: ModelSpec, num_seqs: int) -> KernelLimits:

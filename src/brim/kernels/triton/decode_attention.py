@@ -2,7 +2,8 @@
 
 All tiles of all such sequences, in order, form one line per KV head; program p of P takes the p-th equal share of it. A long
 sequence is thereby spread over many programs and several short ones share one, whatever the batch holds. Where a sequence
-crosses a border its parts go to scratch, at most two a program, and the program that finishes last puts them together.
+crosses a border its parts go to scratch, at most two a program, and the program that finishes last puts them together. While
+there is little work and programs enough, every sequence begins a share: two in a program cost more than an idle program.
 Sequences with more than one new token count no tiles here: prefill attention owns them.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -28,6 +29,37 @@ def _tile_count(queries, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
     """Tiles of a sequence; one even where its length is 0, so that its row is written."""
     count = tl.maximum((length + KEYS - 1) // KEYS - _first_tile(length, KEYS, WINDOW), 1)
     return tl.where(queries == 1, count, 0)
+
+
+@triton.jit
+def _share_of(line, seqs, PARTS: tl.constexpr):
+    """Tiles a program takes, and whether each sequence begins with a share of its own, which may leave the last one short."""
+    own = (line + PARTS - seqs - 1) // tl.maximum(PARTS - seqs, 1)
+    apart = (2 * seqs <= PARTS) & (own <= 8)
+    return tl.maximum(tl.where(apart, own, (line + PARTS - 1) // PARTS), 1), apart
+
+
+@triton.jit
+def _on_line(tiles, share, apart):
+    """What a sequence takes of the line."""
+    return tl.where(apart, (tiles + share - 1) // share * share, tiles)
+
+
+@triton.jit
+def _cut(
+    query_start, seq_lens, num_seqs, part, PARTS: tl.constexpr, SEQS_PAD: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr
+):
+    """How the line is shared (see `_share_of`), the tiles of the line that are a program's, the sequence it begins with, and
+    the tiles of all sequences before that one."""
+    index = tl.arange(0, SEQS_PAD)
+    real = index < num_seqs
+    queries = tl.load(query_start + index + 1, mask=real, other=0) - tl.load(query_start + index, mask=real, other=0)
+    tiles = _tile_count(queries, tl.load(seq_lens + index, mask=real, other=0), KEYS, WINDOW)
+    share, apart = _share_of(tl.sum(tiles, axis=0), tl.sum((tiles > 0).to(tl.int32), axis=0), PARTS)
+    tiles = _on_line(tiles, share, apart)
+    tile, stop = part * share, tl.minimum(part * share + share, tl.sum(tiles, axis=0))
+    seq = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    return share, apart, tile, stop, seq, tl.sum(tl.where(index < seq, tiles, 0), axis=0)
 
 
 @triton.jit
@@ -134,15 +166,7 @@ def decode_attention_kernel(
     are the step's input, which no kernel writes: the work is cut before the wait."""
     let_next_start(PDL)
     head, part = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
-    index = tl.arange(0, SEQS_PAD)
-    real = index < num_seqs
-    queries = tl.load(query_start + index + 1, mask=real, other=0) - tl.load(query_start + index, mask=real, other=0)
-    tiles = _tile_count(queries, tl.load(seq_lens + index, mask=real, other=0), KEYS, WINDOW)
-    line = tl.sum(tiles, axis=0)
-    share = (line + PARTS - 1) // PARTS
-    tile, stop = part * share, tl.minimum(part * share + share, line)
-    seq = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
-    before = tl.sum(tl.where(index < seq, tiles, 0), axis=0)  # tiles of all sequences before seq
+    share, apart, tile, stop, seq, before = _cut(query_start, seq_lens, num_seqs, part, PARTS, SEQS_PAD, KEYS, WINDOW)
     row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     inside = (row < GROUP)[:, None] & (col < D)[None, :]
     cell = row[:, None] * D + col[None, :]
@@ -155,14 +179,16 @@ def decode_attention_kernel(
     while tile < stop:
         token = tl.load(query_start + seq).to(tl.int64)
         length = tl.load(seq_lens + seq)
-        count = _tile_count(tl.load(query_start + seq + 1) - token.to(tl.int32), length, KEYS, WINDOW)
+        real_count = _tile_count(tl.load(query_start + seq + 1) - token.to(tl.int32), length, KEYS, WINDOW)
+        count = _on_line(real_count, share, apart)
         here = tl.minimum(stop, before + count)
         if here > tile:
             offset = _first_tile(length, KEYS, WINDOW) - before
             group = tl.load(q + token * stride_q + head * (GROUP * D) + cell, mask=inside, other=0.0)
             acc, top, total = _attend(
-                group, cache + head * stride_head, tables + seq.to(tl.int64) * stride_table, length, offset + tile, offset + here,
-                inner, outer, stride_block, stride_kv, stride_token, D, D_PAD, ROWS, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
+                group, cache + head * stride_head, tables + seq.to(tl.int64) * stride_table, length, offset + tile,
+                offset + tl.minimum(here, before + real_count), inner, outer, stride_block, stride_kv, stride_token,
+                D, D_PAD, ROWS, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
             )  # fmt: skip
             to = out + token * stride_out + head * (GROUP * D)
             first_part = before // share

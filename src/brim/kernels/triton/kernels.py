@@ -9,19 +9,19 @@ current when the kernels are made. Capture graphs on the stream that eager steps
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 
-from brim.errors import DeviceError
 from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher, PrefillLauncher
 from brim.kernels.triton.cache_folder import replace_unwritable_cache
+from brim.kernels.triton.chip import Chip, chip_of
 from brim.kernels.triton.choice import CHOSEN, KernelChoice
 from brim.kernels.triton.launch import Launch, depending, launch_now
 from brim.kernels.triton.logprobs import count_ids_kernel, penalize_kernel, top_logprobs_kernel
@@ -35,6 +35,7 @@ from brim.kernels.triton.tokens import remember_ids_kernel, resolve_ids_kernel
 from brim.kernels.triton.tuning import (
     ELEMENTWISE_BLOCK,
     ELEMENTWISE_WARPS,
+    FEW_ROWS,
     SAMPLE_CHUNK,
     SAMPLE_PART,
     SEARCH_BLOCK,
@@ -47,18 +48,8 @@ from brim.kernels.triton.tuning import (
 )
 from brim.units import ceil_div
 
-_INTERPRETER_CORES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """What of a device enters the choice of kernels. wide_products: its matrix library writes float32 of 16-bit matrices.
-    dependent_launch: a kernel can start before the one ahead of it ends. hopper: has that chip's matrix instructions."""
-
-    num_cores: int
-    wide_products: bool
-    dependent_launch: bool = False
-    hopper: bool = False
+if TYPE_CHECKING:
+    from brim.kernels.triton.hopper_products import HopperProducts
 
 
 class TritonKernels(Kernels):
@@ -89,12 +80,15 @@ class TritonKernels(Kernels):
             self._hashing.start()
         self.limits = limits
         self.chip = chip or chip_of(self.device)
-        self.choice, self.fused_rows = choice, choice.fused_rows
+        self.choice, self.fused_rows = choice, int(choice.fused_row)
         launch = depending(launch) if choice.dependent_launch and self.chip.dependent_launch else launch
         self._launch = launch
         self._products = ProductLauncher(launch)
         self._scratch = Scratch(limits, self.chip.num_cores, self.device)
-        prefill = _hopper_launcher(launch, limits) if choice.hopper_prefill and self.chip.hopper else None
+        on_hopper = choice.hopper and self.chip.hopper
+        self._narrow = _hopper_products(launch, self.chip.num_cores, self._scratch) if on_hopper else None
+        self._own_rows = FEW_ROWS if on_hopper else self.fused_rows
+        prefill = _hopper_launcher(launch, limits) if on_hopper else None
         self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch, prefill)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
@@ -148,9 +142,7 @@ class TritonKernels(Kernels):
         """See the contract. A bias is added to the product after that was rounded to out's dtype."""
         matrix = _matrix(weight)
         is_wide = out.dtype != matrix.dtype
-        if x.shape[0] <= self.fused_rows and bias is None:
-            tile = product_tile(x.shape[0], *matrix.shape, gated=False, element_bytes=x.element_size())
-            self._products.launch(x, matrix, out, tile)
+        if bias is None and self._own_product(x, matrix, out):
             return
         if is_wide and not self.chip.wide_products:
             self._multiply(x, matrix, out, bias)
@@ -177,6 +169,24 @@ class TritonKernels(Kernels):
             x.stride(0), matrix.stride(0), out.stride(0), COLS=cols, DEPTH=depth, ROWS_BLOCK=block, COLS_BLOCK=64, DEPTH_BLOCK=64,
             HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
         )  # fmt: skip
+
+    def gated_linear(
+        self, x: Tensor, weight: LinearWeight, gate_up: Tensor, out: Tensor, activation: Activation, bias: Tensor | None = None
+    ) -> None:
+        if bias is not None or not self._own_product(x, _matrix(weight), out, activation):
+            super().gated_linear(x, weight, gate_up, out, activation, bias)
+
+    def _own_product(self, x: Tensor, matrix: Tensor, out: Tensor, activation: Activation | None = None) -> bool:
+        """A product of one row or few by our own kernels; False where the library's is to be taken."""
+        rows, size = x.shape[0], x.element_size()
+        if rows > self._own_rows or (rows > 1 and size != 2):
+            return False
+        if rows > 1 and activation is None and self._narrow is not None and self._narrow.suits(x, matrix, out):
+            self._narrow.launch(x, matrix, out)
+            return True
+        tile = product_tile(rows, out.shape[1], x.shape[1], gated=activation is not None, element_bytes=size)
+        self._products.launch(x, matrix, out, tile, activation=activation)
+        return True
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, out: Tensor) -> None:
         matrix = _matrix(weight)
@@ -346,32 +356,11 @@ def _hopper_launcher(launch: Launch, limits: KernelLimits) -> PrefillLauncher:
     return HopperLauncher(launch, next_power_of_2(limits.max_num_seqs))
 
 
-def chip_of(device: torch.device) -> Chip:
-    """Asked of the device itself."""
-    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
-    capability = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
-    return Chip(core_count(device), _has_wide_products(device), capability >= (9, 0), capability == (9, 0))
+def _hopper_products(launch: Launch, num_cores: int, scratch: Scratch) -> HopperProducts:
+    # optional part: imported only where it is chosen
+    from brim.kernels.triton.hopper_products import HopperProducts
 
-
-def core_count(device: torch.device) -> int:
-    """Multiprocessors of the device; a token number for the interpreter on a CPU. Raises DeviceError where unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    if device.type == "xpu":
-        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
-    if device.type == "cpu":
-        return _INTERPRETER_CORES
-    raise DeviceError(f"Triton kernels do not run on {device.type}")
-
-
-def _has_wide_products(device: torch.device) -> bool:
-    """Whether the matrix library writes float32 products of 16-bit matrices (tried once, on 8 x 8)."""
-    small = torch.zeros(8, 8, dtype=torch.bfloat16, device=device)
-    try:
-        torch.mm(small, small, out_dtype=torch.float32, out=torch.empty(8, 8, device=device))
-    except (RuntimeError, TypeError):
-        return False
-    return True
+    return HopperProducts(launch, num_cores, scratch.product_sums, scratch.product_arrivals)
 
 
 def _matrix(weight: LinearWeight) -> Tensor:

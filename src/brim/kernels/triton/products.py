@@ -34,22 +34,25 @@ class ProductLauncher:
         activation: Activation | None = None,
         added: bool = False,
     ) -> None:
-        """out[T, N] = x[T, K] @ matrix[N, K].T, x normed by `norm` [K] f32 where given; with an activation, matrix is [2N, K],
-        gates first, and out = act(gate) * up; added: out += instead. x and out may have strided rows."""
+        """out[T, N] = x[T, K] @ matrix[N, K].T, with an activation, matrix is [2N, K], gates first, and
+        out = act(gate) * up. x and out may have strided rows. One row: x normed by `norm` [K] f32 where given; added: out +=."""
         rows, (cols, depth) = x.shape[0], (out.shape[1], matrix.shape[1])
-        unused = matrix  # a pointer nothing reads through
         forms = {
-            "COLS": cols, "DEPTH": depth, "COLS_BLOCK": tile.cols, "DEPTH_BLOCK": tile.depth, "NORMED": norm is not None,
-            "GATED": _FORMS[activation], "ADDED": added, "AHEAD": tile.ahead,
-            "AHEAD_LINES": next_power_of_2(ceil_div(tile.ahead, _LINE_ELEMENTS)), "STAGES": tile.stages, "num_warps": tile.warps,
+            "COLS": cols, "DEPTH": depth, "COLS_BLOCK": tile.cols, "DEPTH_BLOCK": tile.depth, "GATED": _FORMS[activation],
+            "AHEAD": tile.ahead, "AHEAD_LINES": next_power_of_2(ceil_div(tile.ahead, _LINE_ELEMENTS)), "STAGES": tile.stages,
+            "num_warps": tile.warps,
         }  # fmt: skip
-        weights = (x, unused if norm is None else norm, matrix, out, eps)
         blocks = ceil_div(cols, tile.cols)
         if tile.rows == 1:
             assert rows == 1, "a tile for one row"
-            self.start(vector_product_kernel, (blocks,), *weights, matrix.stride(0), **forms)
+            unused = matrix  # a pointer nothing reads through
+            self.start(
+                vector_product_kernel, (blocks,), x, unused if norm is None else norm, matrix, out, eps, matrix.stride(0),
+                NORMED=norm is not None, ADDED=added, **forms,
+            )  # fmt: skip
             return
+        assert norm is None and not added, "more is folded in for one row only"
         self.start(
-            skinny_product_kernel, (blocks, ceil_div(rows, tile.rows)), *weights, rows, x.stride(0), matrix.stride(0),
+            skinny_product_kernel, (blocks, ceil_div(rows, tile.rows)), x, matrix, out, rows, x.stride(0), matrix.stride(0),
             out.stride(0), ROWS_BLOCK=tile.rows, **forms,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from brim.config.model_spec import ModelSpec
-from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, SAMPLE_CHUNK, SAMPLE_PART
+from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, FEW_ROWS, SAMPLE_CHUNK, SAMPLE_PART
 from brim.units import ceil_div, round_up
 
 _MATRIX_ALIGNMENT_BYTES = 256
@@ -61,6 +61,8 @@ class KernelLimits:
             "chunk_sum": (rows, torch.float32),
             "threshold": ((self.max_num_seqs,), torch.int32),
             "counts": ((self.vocab_size,), torch.int32),
+            "product_sums": ((num_cores, 2, 64, FEW_ROWS), torch.float32),
+            "product_arrivals": ((num_cores,), torch.int32),
         }
 
     def scratch_bytes(self, num_cores: int) -> int:
@@ -85,4 +87,5 @@ class Scratch:
         self.best_value, self.best_id, self.chunk_sum = made["best_value"], made["best_id"], made["chunk_sum"]
         self.part_best, self.active_parts = made["part_best"], made["active_parts"]
         self.threshold, self.counts = made["threshold"], made["counts"]
+        self.product_sums, self.product_arrivals = made["product_sums"], made["product_arrivals"]
         self.num_bytes = sum(buffer.nbytes for buffer in made.values())

@@ -1,8 +1,8 @@
-"""Matrix products of few rows, bound by reading the weights, with the work before and after them folded in.
+"""Matrix products of one row or few, bound by reading the weights.
 
-    out = [rms_norm] x @ weight.T                       qkv, logits
-    out = act(x @ gate.T) * (x @ up.T), x normed        gate and up of an MLP
-    residual += x @ weight.T                            output projection, down
+    out = x @ weight.T                                  logits, and with few rows every product
+    out = act(x @ gate.T) * (x @ up.T)                  gate and up of an MLP
+    one row: out = rms_norm(x) @ weight.T; out = act(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); residual += x @ weight.T
 
 One program makes a few output columns of all rows, so each weight is read once and each sum has one order, whatever the batch.
 Under PDL a program asks for its weights before it waits for the kernels that make x.
@@ -44,29 +44,14 @@ def _weight(at, inside, MASKED: tl.constexpr):
     return tl.load(at, eviction_policy="evict_first")
 
 
-@triton.jit
-def _rows_tile(x_at, norm, factor, begin, depth, real, DEPTH: tl.constexpr, EVEN: tl.constexpr, NORMED: tl.constexpr):
-    """x[:, begin..] for the product: normed and rounded as the norm's own kernel would leave it."""
-    inside = begin + depth < DEPTH
-    if EVEN:
-        a = tl.load(x_at + begin, mask=real[:, None], other=0.0)
-    else:
-        a = tl.load(x_at + begin, mask=real[:, None] & inside[None, :], other=0.0)
-    if NORMED:
-        w = _load(norm + begin + depth, inside, not EVEN)
-        a = (a.to(tl.float32) * factor[:, None] * w[None, :]).to(x_at.dtype.element_ty)
-    return a
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny_product_kernel(
-    x, norm, weight, out, eps, num_rows, stride_x, stride_weight, stride_out,
+    x, weight, out, num_rows, stride_x, stride_weight, stride_out,
     COLS: tl.constexpr, DEPTH: tl.constexpr, ROWS_BLOCK: tl.constexpr, COLS_BLOCK: tl.constexpr, DEPTH_BLOCK: tl.constexpr,
-    NORMED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, AHEAD: tl.constexpr, AHEAD_LINES: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr = False,
+    GATED: tl.constexpr, AHEAD: tl.constexpr, AHEAD_LINES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (column blocks, row blocks), products by the matrix units. COLS: columns of out; GATED: weight has twice as many rows,
-    gates first. ADDED: out is the residual. AHEAD: columns of the weights asked for before the wait."""
+    gates first. AHEAD: columns of the weights asked for before the wait."""
     row = tl.program_id(1) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
     col = tl.program_id(0) * COLS_BLOCK + tl.arange(0, COLS_BLOCK)
     let_next_start(PDL)
@@ -80,18 +65,13 @@ def skinny_product_kernel(
     even: tl.constexpr = DEPTH % DEPTH_BLOCK == 0
     masked: tl.constexpr = not even or COLS % COLS_BLOCK != 0
     x_at = x + row.to(tl.int64)[:, None] * stride_x + depth[None, :]
-    factor = tl.zeros([ROWS_BLOCK], tl.float32)
-    if NORMED:
-        for begin in tl.range(0, DEPTH, DEPTH_BLOCK):
-            a = _rows_tile(x_at, norm, factor, begin, depth, real, DEPTH, even, False).to(tl.float32)
-            factor += tl.sum(a * a, axis=1)
-        factor = 1.0 / tl.sqrt(factor / DEPTH + eps)
     w_at = weight + col.to(tl.int64)[:, None] * stride_weight + depth[None, :]
     acc = tl.zeros([ROWS_BLOCK, COLS_BLOCK], tl.float32)
     up = tl.zeros([ROWS_BLOCK, COLS_BLOCK], tl.float32)
     for begin in tl.range(0, DEPTH, DEPTH_BLOCK, num_stages=STAGES):
-        a = _rows_tile(x_at, norm, factor, begin, depth, real, DEPTH, even, NORMED)
-        inside = (col < COLS)[:, None] & (begin + depth < DEPTH)[None, :]
+        deep = (begin + depth < DEPTH)[None, :]
+        a = tl.load(x_at + begin, mask=real[:, None] if even else real[:, None] & deep, other=0.0)
+        inside = (col < COLS)[:, None] & deep
         acc = tl.dot(a, tl.trans(_weight(w_at + begin, inside, masked)), acc, input_precision="ieee")
         if GATED:
             b = _weight(w_at + COLS * stride_weight + begin, inside, masked)
@@ -99,10 +79,7 @@ def skinny_product_kernel(
     if GATED:
         acc = _activated(acc, up, GATED)
     at = out + row.to(tl.int64)[:, None] * stride_out + col[None, :]
-    kept = real[:, None] & (col < COLS)[None, :]
-    if ADDED:
-        acc += tl.load(at, mask=kept, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(out.dtype.element_ty), mask=kept)
+    tl.store(at, acc.to(out.dtype.element_ty), mask=real[:, None] & (col < COLS)[None, :])
 
 
 @triton.jit
@@ -113,7 +90,8 @@ def vector_product_kernel(
     STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The same for one row, without the matrix units: weights go from memory to registers. Grid (column blocks). The first tile
-    of weights is loaded before the wait."""
+    of weights is loaded before the wait. A norm costs no pass of its own: the product is made of x times the norm's weights, in
+    float32, and divided by the root mean square at the end, when the squares are summed too. ADDED: out is the residual."""
     col = tl.program_id(0) * COLS_BLOCK + tl.arange(0, COLS_BLOCK)
     depth = tl.arange(0, DEPTH_BLOCK)
     even: tl.constexpr = DEPTH % DEPTH_BLOCK == 0
@@ -130,39 +108,32 @@ def vector_product_kernel(
         if GATED:
             prefetch_rows(weight, tl.minimum(col, COLS - 1) + COLS, stride_weight, AHEAD, AHEAD_LINES)
     wait_for_earlier(PDL)
-    factor = 1.0
+    a = _load(x + depth, depth < DEPTH, not even).to(tl.float32)
+    squares = a * a
     if NORMED:
-        square = tl.zeros([DEPTH_BLOCK], tl.float32)
-        for begin in tl.range(0, DEPTH, DEPTH_BLOCK):
-            a = _load(x + begin + depth, begin + depth < DEPTH, not even).to(tl.float32)
-            square += a * a
-        factor = 1.0 / tl.sqrt(tl.sum(square, axis=0) / DEPTH + eps)
-    a = _vector_tile(x, norm, factor, 0, depth, DEPTH, even, NORMED)[None, :]
+        a *= _load(norm + depth, depth < DEPTH, not even)
+    a = a[None, :]
     acc = first.to(tl.float32) * a
     up = acc
     if GATED:
         up = first_up.to(tl.float32) * a
     for begin in tl.range(DEPTH_BLOCK, DEPTH, DEPTH_BLOCK, num_stages=STAGES):
         inside = (col < COLS)[:, None] & (begin + depth < DEPTH)[None, :]
-        a = _vector_tile(x, norm, factor, begin, depth, DEPTH, even, NORMED)[None, :]
+        a = _load(x + begin + depth, begin + depth < DEPTH, not even).to(tl.float32)
+        squares += a * a
+        if NORMED:
+            a *= _load(norm + begin + depth, begin + depth < DEPTH, not even)
+        a = a[None, :]
         acc += _weight(w_at + begin, inside, masked).to(tl.float32) * a
         if GATED:
             up += _weight(w_at + COLS * stride_weight + begin, inside, masked).to(tl.float32) * a
-    total = tl.sum(acc, axis=1)
+    factor = 1.0
+    if NORMED:
+        factor = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / DEPTH + eps)
+    total = tl.sum(acc, axis=1) * factor
     if GATED:
-        total = _activated(total, tl.sum(up, axis=1), GATED)
+        total = _activated(total, tl.sum(up, axis=1) * factor, GATED)
     kept = col < COLS
     if ADDED:
         total += tl.load(out + col, mask=kept, other=0.0).to(tl.float32)
     tl.store(out + col, total.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _vector_tile(x, norm, factor, begin, depth, DEPTH: tl.constexpr, EVEN: tl.constexpr, NORMED: tl.constexpr):
-    """x[begin..] in float32, normed and rounded as the norm's own kernel would leave it."""
-    inside = begin + depth < DEPTH
-    a = _load(x + begin + depth, inside, not EVEN)
-    if NORMED:
-        w = _load(norm + begin + depth, inside, not EVEN)
-        a = (a.to(tl.float32) * factor * w).to(x.dtype.element_ty)
-    return a.to(tl.float32)

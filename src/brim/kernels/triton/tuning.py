@@ -94,13 +94,15 @@ class ProductTile:
     ahead: int
 
 
-PRODUCT_ROWS = (1, 16, 32, 64)  # classes of the number of rows; more are cut into blocks of the last
+FEW_ROWS = 16  # the most rows that our own products are faster for
 
 
 def product_tile(num_rows: int, cols: int, depth: int, *, gated: bool, element_bytes: int = 2) -> ProductTile:
-    """Tile of num_rows x depth @ depth x cols; gated: two such products at once."""
-    rows = next((size for size in PRODUCT_ROWS if num_rows <= size), PRODUCT_ROWS[-1])
-    tile = PRODUCT_TILES[rows, gated]
+    """Tile of num_rows x depth @ depth x cols, num_rows one or few; gated: two such products at once."""
+    if num_rows == 1:
+        tile = PRODUCT_TILES["one gated" if gated else "one"]
+    else:
+        tile = PRODUCT_TILES["gated" if gated else "narrow" if cols <= _NARROW_COLS else "few"]
     shrink = element_bytes // 2
     width = max(16, min(tile.depth // shrink, next_power_of_2(depth)))
     warps = max(1, tile.warps * width // tile.depth)
@@ -109,13 +111,25 @@ def product_tile(num_rows: int, cols: int, depth: int, *, gated: bool, element_b
     )
 
 
+_NARROW_COLS = 4096  # up to here all programs run at once, one or two a multiprocessor, and deeper pipelines pay
 PRODUCT_TILES = {
-    (1, False): ProductTile(1, 4, 2048, 8, 2, 0),
-    (1, True): ProductTile(1, 4, 1024, 4, 2, 0),
-    (16, False): ProductTile(16, 16, 256, 2, 4, 1024),
-    (16, True): ProductTile(16, 16, 128, 2, 4, 1024),
-    (32, False): ProductTile(32, 16, 256, 2, 4, 1024),
-    (32, True): ProductTile(32, 16, 128, 2, 4, 1024),
-    (64, False): ProductTile(64, 16, 128, 4, 4, 1024),
-    (64, True): ProductTile(64, 16, 128, 4, 4, 1024),
+    "one": ProductTile(1, 4, 2048, 8, 2, 0),
+    "one gated": ProductTile(1, 4, 1024, 4, 2, 0),
+    "narrow": ProductTile(16, 16, 512, 2, 4, 1024),
+    "few": ProductTile(16, 16, 512, 2, 3, 1024),
+    "gated": ProductTile(16, 32, 256, 4, 4, 1024),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class HopperProductTile:
+    """How `hopper_product` cuts a product. least_share: pieces a program takes at least. together: parts of a column block that
+    are loaded at once. registers: of a thread at launch."""
+
+    stages: int
+    least_share: int
+    together: int
+    registers: int
+
+
+HOPPER_PRODUCT_TILE = HopperProductTile(10, 8, 8, 72)
