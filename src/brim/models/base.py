@@ -20,6 +20,7 @@ class StepTensors:
 
     ids [T] int64, positions [T] int64, batches: one AttentionBatch a KV group, kv_caches: one strided view a layer
     [num_blocks, 2, B, K, D], buffers: name -> workspace view whose first dimension holds at least T rows.
+    wanted [R] int64: rows of the T whose hidden states are asked for, padded with any; may be empty. None: all of them.
     """
 
     ids: Tensor
@@ -27,6 +28,12 @@ class StepTensors:
     batches: Sequence[AttentionBatch]
     kv_caches: Sequence[Tensor]
     buffers: Mapping[str, Tensor]
+    wanted: Tensor | None = None
+
+    @property
+    def num_wanted(self) -> int:
+        """R, or T where all rows are asked for."""
+        return len(self.ids if self.wanted is None else self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +92,10 @@ class Model(ABC):
         """The forward pass in order, dense segments and attention calls by turns."""
 
     def forward(self, step: StepTensors) -> Tensor:
-        """Final-normed hidden states [T, hidden_size], a view of the workspace buffer "hidden"."""
+        """Final-normed hidden states [T or, where rows are wanted, R, hidden_size], a view of the workspace buffer "hidden"."""
         for segment in self.segments:
             segment.run(step)
-        return step.buffers["hidden"][: step.ids.shape[0]]
+        return step.buffers["hidden"][: step.num_wanted]
 
     @abstractmethod
     def logits(self, hidden: Tensor, out: Tensor) -> None:

@@ -75,5 +75,7 @@ class CompiledDecoder(DecoderModel):
         self._rope_and_cache(next_index, step, qkv)
 
     def _run_last(self, stretch: Stretch, weights: _Weights, step: StepTensors) -> None:
-        num_tokens, buffers = step.ids.shape[0], step.buffers
-        stretch(buffers["attention"][:num_tokens], buffers["residual"][:num_tokens], buffers["hidden"][:num_tokens], *weights)
+        attended, buffers = self._wanted_rows(step), step.buffers
+        num_rows = attended.shape[0]
+        if num_rows:
+            stretch(attended, buffers["residual"][:num_rows], buffers["hidden"][:num_rows], *weights)

@@ -4,6 +4,7 @@
     each layer:  qkv -> rope, cache -> attention -> output;  residual += [post norm], hidden = mlp_norm(residual)
                  gate_up -> activation -> down;              residual += [post norm], hidden = next norm(residual)
 
+What follows the last attention is computed for the wanted rows only: nothing else reads it.
 Nothing is allocated: every result goes to a prefix of a workspace buffer.
 """
 
@@ -129,6 +130,8 @@ class DecoderModel(Model):
         )
 
     def _attend(self, index: int, step: StepTensors) -> None:
+        if self._is_last(index) and not step.num_wanted:
+            return
         num_tokens, spec = step.ids.shape[0], self.spec
         queries = step.buffers["qkv"][:num_tokens, : self._query_width]
         attended = step.buffers["attention"][:num_tokens]
@@ -138,29 +141,50 @@ class DecoderModel(Model):
     def _after_attention(self, index: int, step: StepTensors) -> None:
         """Output projection and MLP of a layer, the norm after them, and the next layer up to its attention."""
         kernels, eps, weights = self._kernels, self.spec.rms_norm_eps, self.weights
-        num_tokens, layer = step.ids.shape[0], weights.layers[index]
+        is_last, layer = self._is_last(index), weights.layers[index]
+        attended = self._wanted_rows(step) if is_last else step.buffers["attention"][: step.ids.shape[0]]
+        num_tokens = attended.shape[0]
+        if not num_tokens:
+            return
         residual, hidden = step.buffers["residual"][:num_tokens], step.buffers["hidden"][:num_tokens]
-        is_last = index + 1 == len(weights.layers)
         next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
         if num_tokens <= self._fused_rows:
-            self._fused_after_attention(step, layer, residual)
+            self._fused_after_attention(step, layer, attended, residual)
             if is_last:
                 kernels.rms_norm(residual, next_norm, eps, hidden)
             else:
                 self._norm_and_qkv(index + 1, step, residual)
             return
-        kernels.linear(step.buffers["attention"][:num_tokens], layer.output, hidden, layer.output_bias)
+        kernels.linear(attended, layer.output, hidden, layer.output_bias)
         kernels.add_rms_norm(hidden, residual, layer.mlp_norm, eps, hidden, layer.post_attention_norm)
         self._mlp(step, layer, hidden)
         kernels.add_rms_norm(hidden, residual, next_norm, eps, hidden, layer.post_mlp_norm)
         if not is_last:
             self._before_attention(index + 1, step, hidden)
 
-    def _fused_after_attention(self, step: StepTensors, layer: LayerWeights, residual: Tensor) -> None:
+    def _is_last(self, index: int) -> bool:
+        return index + 1 == self.spec.num_layers
+
+    def _wanted_rows(self, step: StepTensors) -> Tensor:
+        """What the last attention left for the wanted rows [R, H*D]; their residual moves to the first R rows.
+
+        The attention's goes where qkv was, the residual's through "hidden": neither is read again before it is written."""
+        attended, residual = step.buffers["attention"][: len(step.ids)], step.buffers["residual"][: len(step.ids)]
+        if step.wanted is None:
+            return attended
+        num_rows, width = len(step.wanted), self._query_width
+        kept, moved = step.buffers["qkv"].view(-1)[: num_rows * width].view(num_rows, width), step.buffers["hidden"][:num_rows]
+        if num_rows:
+            self._kernels.gather_rows(attended, step.wanted, kept)
+            self._kernels.gather_rows(residual, step.wanted, moved)
+            residual[:num_rows].copy_(moved)
+        return kept
+
+    def _fused_after_attention(self, step: StepTensors, layer: LayerWeights, attended: Tensor, residual: Tensor) -> None:
         """Output projection and MLP of a small step: norms, activation and sums are part of the products."""
         kernels, num_tokens = self._kernels, residual.shape[0]
         activated = step.buffers["gate_up"][:num_tokens, : self.spec.intermediate_size]
-        kernels.add_linear(step.buffers["attention"][:num_tokens], layer.output, residual)
+        kernels.add_linear(attended, layer.output, residual)
         kernels.norm_gated_linear(
             residual, layer.mlp_norm, self.spec.rms_norm_eps, layer.gate_up, self.spec.activation, activated
         )

@@ -40,7 +40,8 @@ class ScriptedModel(Model):
         self._table_bytes = rotary_table_bytes(spec, max_positions)
         self._memory = [allocate(self._weight_bytes), allocate(self._table_bytes)]
         dense, attention = Segment(self._dense, False), Segment(self._attend, True)
-        self._segments = (Segment(self._begin, False), *(attention, dense) * spec.num_layers)
+        last = Segment(self._attend_wanted, True), Segment(self._dense_wanted, False)
+        self._segments = (Segment(self._begin, False), *(attention, dense) * (spec.num_layers - 1), *last)
 
     @property
     def weight_bytes(self) -> int:
@@ -79,7 +80,18 @@ class ScriptedModel(Model):
     def _attend(self, step: StepTensors) -> None:
         self._hears.work("attention", step.ids.shape[0])
 
+    def _attend_wanted(self, step: StepTensors) -> None:
+        if step.num_wanted:
+            self._attend(step)
+
     def _dense(self, step: StepTensors) -> None:
-        self._hears.work("matmul", step.ids.shape[0])
+        self._work_on(step.ids.shape[0])
+
+    def _dense_wanted(self, step: StepTensors) -> None:
+        if step.num_wanted:
+            self._work_on(step.num_wanted)
+
+    def _work_on(self, num_rows: int) -> None:
+        self._hears.work("matmul", num_rows)
         if self._num_ranks > 1:
-            self._hears.work("collective", step.ids.shape[0])
+            self._hears.work("collective", num_rows)

@@ -58,17 +58,19 @@ class ModelRunner:
         """Give back what was captured."""
         self._programs.clear()
 
-    def dense_step(self, num_tokens: int) -> StepTensors:
+    def dense_step(self, num_tokens: int, num_wanted: int | None = None) -> StepTensors:
         """What the dense segments of a step of so many tokens read and write; whatever the buffers hold."""
-        return self._step_tensors(num_tokens, self._inputs.batches(StepShape(num_tokens, 1, 1, 1)))
+        return self._step_tensors(num_tokens, self._inputs.batches(StepShape(num_tokens, 1, 1, 1)), num_wanted)
 
     def warm_sizes(self) -> None:
-        """Run every product of a step in every size it can have: those of one layer, and the logits."""
+        """Run every product of a step in every size it can have: those of one layer, and the logits; and a last layer for one
+        wanted row."""
         dense = [segment for segment in self._model.segments if not segment.is_attention]
         for num_tokens in self._sizes.tokens.values:
             step = self.dense_step(num_tokens)
             for segment in dense[:2]:
                 segment.run(step)
+        dense[-1].run(self.dense_step(len(self._inputs.ids), 1))
         for rows in self._sizes.rows.values:
             self._sampler.warm_rows(rows)
 
@@ -135,10 +137,10 @@ class ModelRunner:
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if not self._replay(arrays, settings):
-            hidden = self.forward(arrays)
+            hidden, rows = self.forward(arrays, keeps_all=bool(plan.prompt_logprob_indices))
             prompt_logprobs = {i: self._score_prompt(plan, i, hidden) for i in plan.prompt_logprob_indices}
             if num_rows:
-                logprobs = self._sample(hidden, num_rows, settings)
+                logprobs = self._sample(hidden, rows, settings)
         read = self._sampler.start_read(num_rows)
 
         def wait() -> StepResult:
@@ -148,34 +150,49 @@ class ModelRunner:
 
         return wait
 
-    def _sample(self, hidden: Tensor, num_rows: int, settings: SampleRows) -> dict[int, TokenLogprobs]:
-        logprobs = self._sampler.sample(hidden, self._inputs.sample_rows[:num_rows], settings)
-        self._remember(num_rows)
+    def _sample(self, hidden: Tensor, rows: Tensor | None, settings: SampleRows) -> dict[int, TokenLogprobs]:
+        logprobs = self._sampler.sample(hidden, rows, settings)
+        self._remember(len(settings.temperature))
         return logprobs
 
-    def forward(self, arrays: StepArrays, shape: StepShape | None = None) -> Tensor:
-        """Hidden states [T, hidden_size] of one step given as arrays; call by call where a shape to pad to is given."""
+    def forward(
+        self, arrays: StepArrays, shape: StepShape | None = None, *, keeps_all: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step given as arrays; call by call where a shape to pad to is given.
+
+        Hidden states, and which rows of them are sampled [R] int64: either those of all tokens [T, hidden_size], or, where the
+        last layer is computed for less than all and keeps_all is false, of the sampled rows alone [R, hidden_size] and None."""
+        num_rows = len(arrays.sample_indices)
+        sampled = self._inputs.sample_rows[:num_rows]
         num_tokens, longest = arrays.num_tokens, int(arrays.query_lens.max())
         program = None if shape else self._programs.mixed(num_tokens)
         if program is None:
             shape = shape or StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
             batches = self._inputs.fill(arrays, shape)
             self._resolve(arrays.num_seqs)
-            return self._model.forward(self._step_tensors(shape.num_tokens, batches))[:num_tokens]
+            num_wanted = None if keeps_all else self._num_wanted(num_rows, shape.num_tokens)
+            hidden = self._model.forward(self._step_tensors(shape.num_tokens, batches, num_wanted))
+            return (hidden[:num_tokens], sampled) if num_wanted is None else (hidden[:num_rows], None)
         size, mixed = program
         shape = self._mixed_shape(size) if mixed.is_whole else StepShape(size, arrays.num_seqs, longest, 0)
         batches = self._inputs.fill(arrays, shape)
         self._resolve(arrays.num_seqs)
         mixed.run(self._step_tensors(size, batches))
-        return self._buffers["hidden"][:num_tokens]
+        return self._buffers["hidden"][:num_tokens], sampled
 
-    def _step_tensors(self, num_tokens: int, batches: list[AttentionBatch]) -> StepTensors:
+    def _num_wanted(self, num_rows: int, num_tokens: int) -> int | None:
+        """Rows of the last layer where num_rows are sampled, in a size whose products are loaded; None: as many as tokens."""
+        rounded = self._sizes.tokens.up(num_rows) if num_rows else 0
+        return rounded if rounded < num_tokens and rounded <= self._max_num_seqs else None
+
+    def _step_tensors(self, num_tokens: int, batches: list[AttentionBatch], num_wanted: int | None = None) -> StepTensors:
         return StepTensors(
             ids=self._inputs.ids[:num_tokens],
             positions=self._inputs.positions[:num_tokens],
             batches=batches,
             kv_caches=self._cache.layer_views,
             buffers=self._buffers,
+            wanted=None if num_wanted is None else self._inputs.sample_rows[:num_wanted],
         )
 
     def _replay(self, arrays: StepArrays, settings: SampleRows) -> bool:
@@ -193,11 +210,12 @@ class ModelRunner:
         return True
 
     def probe(self, arrays: StepArrays, settings: SampleRows, shape: StepShape | None = None) -> None:
-        """Run a fabricated step to its end, sampling included (warm, measure and prove), padded to a shape where one is given."""
-        num_rows = len(arrays.sample_indices)
+        """Run a fabricated step to its end, sampling included (warm, measure and prove), padded to a shape where one is given.
+
+        All rows are kept: no step of so many tokens does more."""
         if shape is not None or not self._replay(arrays, settings):
-            self._sample(self.forward(arrays, shape), num_rows, settings)
-        self._sampler.start_read(num_rows)()
+            self._sample(*self.forward(arrays, shape, keeps_all=True), settings)
+        self._sampler.start_read(len(arrays.sample_indices))()
 
     def _score_prompt(self, plan: StepPlan, index: int, hidden: Tensor) -> list[TokenLogprobs]:
         sequence = plan.sequences[index]

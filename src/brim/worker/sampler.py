@@ -121,11 +121,14 @@ class Sampler:
             p.temperature[part], p.top_k[part], p.top_p[part], p.min_p[part], p.seed[part], p.position[part], all_greedy
         )
 
-    def sample(self, hidden: Tensor, rows: Tensor, settings: SampleRows) -> dict[int, TokenLogprobs]:
-        """Sample a token for each of hidden[rows[R]]; ids land in `self.ids[:R]`. Returns log-probabilities by row for those who
-        asked (after penalties and biases, before temperature)."""
-        count = len(rows)
-        self._kernels.gather_rows(hidden, rows, self.hidden[:count])
+    def sample(self, hidden: Tensor, rows: Tensor | None, settings: SampleRows) -> dict[int, TokenLogprobs]:
+        """Sample a token for each of hidden[rows[R]], or of hidden[R] where rows is None; ids land in `self.ids[:R]`. Returns
+        log-probabilities by row for those who asked (after penalties and biases, before temperature)."""
+        count = len(settings.temperature)
+        if rows is None:
+            self.hidden[:count].copy_(hidden)
+        else:
+            self._kernels.gather_rows(hidden, rows, self.hidden[:count])
         self.set_params(settings)
         all_greedy = not np.any(settings.temperature)
         logprobs: dict[int, TokenLogprobs] = {}

@@ -112,6 +112,7 @@ class StepInputs:
         self._fill_tables(step, owner, positions, shape)
         num_rows = len(step.sample_indices)
         host["sample_rows"][:num_rows] = ends[step.sample_indices] - 1
+        host["sample_rows"][num_rows:] = 0  # padding rows are read too: a row that there is
         rows = self._nobody if step.rows is None else step.rows
         host["rows"][:num_seqs] = rows
         host["sampled_rows"][:num_rows] = rows if step.rows is None else step.rows[step.sample_indices]
@@ -140,7 +141,6 @@ class StepInputs:
         more = np.arange(1, shape.num_seqs - num_seqs + 1)
         host["query_start"][num_seqs + 1 : shape.num_seqs + 1] = num_tokens + step * more
         host["seq_lens"][num_seqs : shape.num_seqs] = 0
-        host["sample_rows"][num_rows : shape.num_seqs] = 0
         host["rows"][num_seqs : shape.num_seqs] = self._nobody
         host["sampled_rows"][num_rows : shape.num_seqs] = self._nobody
 

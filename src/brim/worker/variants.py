@@ -113,7 +113,9 @@ class RehearsedModel:
         last_ids = self._int64(limits.max_num_seqs + 1)
         self._kernels.resolve_ids(ids[:num_seqs], rows, last_ids)
         batches = [self._batch(group, num_tokens, num_seqs, max_query_len) for group in self._layout.groups]
-        hidden = self._model.forward(StepTensors(ids, self._int64(num_tokens), batches, self._caches, self._buffers))
+        whole = StepTensors(ids, self._int64(num_tokens), batches, self._caches, self._buffers)
+        hidden = self._model.forward(whole)
+        self._model.segments[-1].run(replace(whole, wanted=rows))
         self._kernels.gather_rows(hidden, rows, self._hidden[:num_seqs])
         count = min(num_seqs, self._rows)
         logits = self._logits[:count]

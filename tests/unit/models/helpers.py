@@ -153,23 +153,26 @@ class PagedRun:
     def logits(self, ids: Tensor, chunks: Sequence[int]) -> Tensor:
         """[len(ids), vocab] float32, computed in chunks of these lengths."""
         assert sum(chunks) == len(ids)
-        start, results = 0, []
-        for count in chunks:
-            arrays = StepArrays(
-                ids[start : start + count].numpy(),
-                np.array([count], np.int32),
-                np.array([start], np.int32),
-                self.tables,
-                np.array([0], np.int32),
-            )
-            batches = self._inputs.fill(arrays)
-            step = StepTensors(self._inputs.ids[:count], self._inputs.positions[:count], batches, self._caches, self._buffers)
-            hidden = self.model.forward(step)
-            out = torch.full((count, self.model.spec.vocab_size), float("nan"))
+        ends = np.cumsum(chunks).tolist()
+        return torch.cat([self.chunk(ids, end - count, count) for count, end in zip(chunks, ends, strict=True)])
+
+    def chunk(self, ids: Tensor, start: int, count: int, wanted: Sequence[int] | None = None) -> Tensor:
+        """[count, vocab] float32 of one step over ids[start : start + count], or [len(wanted), vocab] of those rows of it."""
+        arrays = StepArrays(
+            ids[start : start + count].numpy(),
+            np.array([count], np.int32),
+            np.array([start], np.int32),
+            self.tables,
+            np.array([0], np.int32),
+        )
+        inputs, batches = self._inputs, self._inputs.fill(arrays)
+        rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+        step = StepTensors(inputs.ids[:count], inputs.positions[:count], batches, self._caches, self._buffers, rows)
+        hidden = self.model.forward(step)
+        out = torch.full((len(hidden), self.model.spec.vocab_size), float("nan"))
+        if len(hidden):
             self.model.logits(hidden, out)
-            results.append(out)
-            start += count
-        return torch.cat(results)
+        return out
 
 
 def chunkings(count: int) -> dict[str, list[int]]:

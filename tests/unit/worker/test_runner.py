@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.small_models import EOS, VOCAB, write_small_model
+from torch import Tensor
 
 from brim.engine.messages import AddRequest, SequenceOutput
 from brim.engine.sampling_params import SamplingParams
 from brim.llm import LLM
+from brim.models.base import Model, StepTensors
 from brim.worker.runner import ModelRunner
+from brim.worker.step_inputs import StepArrays
 
 POISONED = 7
 
@@ -115,9 +118,43 @@ def test_decode_steps_are_replayed(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
     """`forward` runs for the prompt only."""
     calls: list[int] = []
     plain = ModelRunner.forward
-    monkeypatch.setattr(ModelRunner, "forward", lambda self, arrays: calls.append(len(arrays.token_ids)) or plain(self, arrays))
+
+    def counted(self: ModelRunner, arrays: StepArrays, **how: bool) -> tuple[Tensor, Tensor | None]:
+        calls.append(arrays.num_tokens)
+        return plain(self, arrays, **how)
+
+    monkeypatch.setattr(ModelRunner, "forward", counted)
     llm.generate([PROMPTS[0]], PARAMS[0])
     assert calls == [len(PROMPTS[0])]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_last_layer_is_computed_for_sampled_rows_unless_prompts_are_scored(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of prompts beside decodes, steps that sample nothing, batches with a scored prompt: the same tokens."""
+    steps: list[tuple[int, int]] = []
+    plain = Model.forward
+
+    def noted(self: Model, step: StepTensors) -> Tensor:
+        steps.append((len(step.ids), step.num_wanted))
+        return plain(self, step)
+
+    monkeypatch.setattr(Model, "forward", noted)
+    scored = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1)
+    with start(write_small_model(tmp_path / family, family), enforce_eager=True, enable_prefix_caching=False) as llm:
+        steps.clear()
+        trimmed = tokens(llm, PARAMS[0])
+        assert all(wanted <= len(PROMPTS) for _, wanted in steps)
+        assert any(1 < wanted < count for count, wanted in steps), "no chunk beside decodes"
+        steps.clear()
+        assert tokens(llm, [scored] * len(PROMPTS)) == trimmed
+        mixed = [scored if i == 3 else PARAMS[0] for i in range(len(PROMPTS))]
+        assert tokens(llm, mixed) == trimmed
+        assert any(len(PROMPTS) < wanted == count for count, wanted in steps), "no prompt was scored"
+        steps.clear()
+        llm.generate([PROMPTS[3]], PARAMS[0])
+        assert steps[:3] == [(64, 0), (26, 1), (1, 1)]
 
 
 def test_prompt_logprobs_are_in_order_and_score_the_next_token(llm: LLM, model: Path) -> None:
