@@ -102,7 +102,7 @@ def decode_case(shape: ModelShape, name: str, lengths: list[int], device: str, l
         keys, warps, stages, per_core = map(int, group.split())
         for early in (False, True):
             start = depending(launch) if early else launch
-            run = AttentionLauncher(limits, scratch, 1, start).launch_decode
+            run = AttentionLauncher(limits, scratch, 1, 0, start).launch_decode
             tile, parts = AttentionTile(16, keys, warps, stages), CHIP.num_cores * per_core // shape.kv_heads
             calls = [
                 lambda kv=kv, r=run, t=tile, p=parts: r(paged.q, kv, paged.batch, paged.scale, 0.0, paged.out, t, p)
@@ -134,7 +134,7 @@ def prefill_case(shape: ModelShape, queries: list[int], lengths: list[int], devi
     operations = 4.0 * shape.heads * shape.head_dim * pairs
     case = Case(f"prefill {len(queries)}x{queries[0]} of {lengths[0]}", operations / OPERATIONS_PER_S * 1e3)
     limits = KernelLimits(256, shape.heads, shape.kv_heads, shape.head_dim, 16)
-    run = AttentionLauncher(limits, Scratch(limits, CHIP.num_cores, torch.device(device)), 1, launch)
+    run = AttentionLauncher(limits, Scratch(limits, CHIP.num_cores, torch.device(device)), 1, 0, launch)
     q, batch, scale = paged.q, paged.batch, paged.scale
     skips = 1 in queries
     for index, group in enumerate(PREFILL.split(",")):

@@ -90,7 +90,7 @@ def product_case(shape: ModelShape, name: str, cols: int, depth: int, rows: int,
     limits = KernelLimits(256, shape.heads, shape.kv_heads, shape.head_dim, 16)
     scratch = Scratch(limits, CHIP.num_cores, torch.device(device))
     for tile in hopper_tiles():
-        products = HopperProducts(depending(launch), CHIP.num_cores, scratch.product_sums, scratch.product_arrivals, tile)
+        products = HopperProducts(depending(launch), CHIP.num_cores, scratch.sums, scratch.part_arrivals, tile)
         if rows == 1 or normed or gated or not products.suits(x, matrices[0], out):
             continue
         calls = [lambda m=m, p=products: p.launch(x, m, out) for m in matrices]

@@ -65,7 +65,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("kernels", "--kernels", "auto, torch (the reference), native or triton.", "device"),
     Flag("num_threads", "--num-threads", "Threads that compute, on a CPU.", "device", "N", default="one a physical core"),
     Flag("graph_mode", "--graph-mode", "NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE.", "device", "MODE",
-         default="the richest the device has"),
+         default="the fastest the device has"),
     Flag("enforce_eager", "--enforce-eager", "Capture no graphs; the same as --graph-mode NONE.", "device", kind="switch"),
     Flag("compile", "--compile", "Compile what lies between attention calls with torch.compile.", "device", kind="switch"),
     Flag("strict", "--strict", "Refuse to start where something asked for does not work, instead of doing without.", "device",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from brim.config.schema import DeviceConfig, GraphMode
 from brim.errors import ConfigError
 
-_RICHEST_FIRST: tuple[GraphMode, ...] = ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE", "FULL", "NONE")
+# Captured whole, a small step with a prompt in it waits for no launch, and its graphs take a quarter of the memory of pieces.
+_BEST_FIRST: tuple[GraphMode, ...] = ("FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE", "NONE")
 _NEXT_BEST: dict[GraphMode, tuple[GraphMode, ...]] = {
     "FULL_AND_PIECEWISE": ("FULL_DECODE_ONLY", "PIECEWISE", "NONE"),
     "FULL": ("FULL_DECODE_ONLY", "NONE"),
@@ -64,8 +65,8 @@ def choose_graph_mode(device: DeviceConfig, available: Sequence[GraphMode], why_
             raise ConfigError(f"--enforce-eager and --graph-mode {asked} contradict each other; give only one.")
         return GraphChoice("NONE", "--enforce-eager asks for no graphs.")
     if asked is None:
-        mode = _first(_RICHEST_FIRST, available)
-        return GraphChoice(mode, f"The richest that works here. {why_not_more}".strip())
+        mode = _first(_BEST_FIRST, available)
+        return GraphChoice(mode, f"The fastest that works here. {why_not_more}".strip())
     if asked in available or asked == "NONE":
         return GraphChoice(asked, "As asked.", is_binding=device.strict)
     if device.strict:

@@ -76,7 +76,7 @@ def test_streams_get_half_their_speed_or_more(rig: Callable[..., Any], depth: in
     assert sum(tokens for _, tokens, _ in steps) == LONG and all(decodes == 8 for decodes, _, _ in steps)
     assert sum(seconds for _, _, seconds in steps) / len(steps) < 2 * DECODE_S
     assert max(seconds for _, _, seconds in steps[3:]) < 2.5 * DECODE_S, "also while it learns what a longer context costs"
-    assert len(steps) < 1.5 * LONG * (0.025 + costs.get("context_s", 0) * 6e6) / (0.8 * 6 - costs.get("fixed_s", 0) * 1e3) + 10
+    assert len(steps) < 2 * LONG * (0.025 + costs.get("context_s", 0) * 6e6) / (0.8 * 6 - costs.get("fixed_s", 0) * 1e3) + 10
 
 
 def test_nobody_to_hold_up_nothing_held_back(rig: Callable[..., Any]) -> None:
@@ -96,7 +96,8 @@ def test_steps_that_cost_much_however_small_still_move_the_prompt(rig: Callable[
     device = PacedDevice(rig, fixed_s=0.1)
     device.decode()
     device.answer("long", LONG)
-    assert {tokens for _, tokens, _ in device.prompt_steps[5:-1]} == {120}, "a step of 128: no less is worth a step"
+    tokens = [tokens for _, tokens, _ in device.prompt_steps[5:-1]]
+    assert min(tokens) >= 248, "what costs nearly nothing beside the least chunk is taken along"
 
 
 def test_requests_that_wait_quicken_the_pace(rig: Callable[..., Any]) -> None:

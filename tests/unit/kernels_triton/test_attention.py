@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+
+from brim.kernels.triton.kernels import TritonKernels
+from brim.kernels.triton.scratch import Scratch
 
 from .helpers import AttentionShape, assert_attention, attention_case, kernels_for, padded, rows_of
 
@@ -17,24 +22,51 @@ CASES = [
     AttentionShape([5, 20], [40, 150], 6, 2, 32, softcap=15.0),
     AttentionShape([1, 33, 1], [100, 190, 5], 2, 1, 64, window=60),
     AttentionShape([3, 1], [20, 50], 2, 1, 256, block_size=8),
+    AttentionShape([9, 1, 40, 2], [400, 33, 41, 150], 7, 1, 32),
+    AttentionShape([2, 3, 2], [120, 90, 2], 4, 4, 64, window=16),
+    AttentionShape([33], [700], 1, 1, 32),
 ]
+WAYS = pytest.mark.parametrize("chunks", [True, False], ids=["cut evenly", "by blocks"])
 
 
+def kernels_of(device: str, case: AttentionShape, *, chunks: bool, max_num_seqs: int = 0) -> TritonKernels:
+    """chunks: several new tokens go through chunk attention, as in small steps; else through prefill attention."""
+    kernels = kernels_for(device, case, max_num_seqs=max_num_seqs)
+    if not chunks:
+        kernels._attention = replace(kernels._attention, chunk_parts=0)
+    return kernels
+
+
+@WAYS
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(device: str, case: AttentionShape) -> None:
-    assert_attention(kernels_for(device, case), case, torch.float32, device)
+def test_attention(device: str, case: AttentionShape, chunks: bool) -> None:
+    assert_attention(kernels_of(device, case, chunks=chunks), case, torch.float32, device)
 
 
-def test_attention_in_half_precision(device: str) -> None:
+@pytest.mark.parametrize("parts", [1, 3, 7, 20])
+@pytest.mark.parametrize("case", CASES[5:], ids=str)
+def test_chunks_cut_otherwise(device: str, case: AttentionShape, parts: int) -> None:
+    """Blocks of one and of many parts, several blocks in a part."""
+    kernels = kernels_for(device, case)
+    limits = replace(kernels.limits, num_kv_heads=1)
+    scratch = Scratch(limits, parts * case.kv_heads, torch.device(device))
+    kernels._attention = replace(kernels._attention, chunk_parts=parts, scratch=scratch)
+    assert_attention(kernels, case, torch.float32, device)
+    assert not scratch.part_arrivals.any()
+
+
+@WAYS
+def test_attention_in_half_precision(device: str, chunks: bool) -> None:
     """The interpreter cannot multiply bfloat16 matrices; the device tests do."""
     case = AttentionShape([1, 9], [70, 80], 4, 2, 64)
-    assert_attention(kernels_for(device, case), case, torch.float16, device)
+    assert_attention(kernels_of(device, case, chunks=chunks), case, torch.float16, device)
 
 
+@WAYS
 @pytest.mark.parametrize("query_lens", [[1, 1], [1, 6]])
-def test_padding_changes_nothing(device: str, query_lens: list[int]) -> None:
+def test_padding_changes_nothing(device: str, query_lens: list[int], chunks: bool) -> None:
     case = AttentionShape(query_lens, [40, 90], 4, 2, 32)
-    kernels = kernels_for(device, case, max_num_seqs=7)
+    kernels = kernels_of(device, case, chunks=chunks, max_num_seqs=7)
     cache, batch = attention_case(case, torch.float32, device)
     q = rows_of(sum(query_lens), 128, torch.float32, device)
     out, again = torch.empty_like(q), torch.empty_like(q)

@@ -33,11 +33,11 @@ def mode_of(found: ScriptedStart) -> tuple[str, str]:
 
 
 def test_small_graphs_are_all_captured() -> None:
-    assert mode_of(start("1MiB"))[0] == "FULL_AND_PIECEWISE"
+    assert mode_of(start("1MiB"))[0] == "FULL"
 
 
 def test_decode_graphs_alone_where_all_are_too_large() -> None:
-    found = start("20MiB")
+    found = start("20MiB", graph_mode="FULL_AND_PIECEWISE")
     mode, reason = mode_of(found)
     assert mode == "FULL_DECODE_ONLY" and "FULL_AND_PIECEWISE did not fit" in reason and "set aside" in reason
     assert found.worker is not None and found.worker.num_programs > 0

@@ -201,7 +201,7 @@ def test_rounded_sizes_hold_every_step() -> None:
 @pytest.mark.parametrize(
     ("asked", "available", "expected"),
     [
-        (None, MODES, "FULL_AND_PIECEWISE"),
+        (None, MODES, "FULL"),
         (None, ("NONE", "PIECEWISE"), "PIECEWISE"),
         (None, ("NONE",), "NONE"),
         ("FULL", MODES, "FULL"),

@@ -1,4 +1,4 @@
-"""Launches attention: which of the two kernels a batch needs, over which grid. Owns `AttentionLauncher`."""
+"""Launches attention: which kernels a batch needs, over which grid. Owns `AttentionLauncher`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Protocol
 from torch import Tensor
 
 from brim.kernels.base import AttentionBatch
+from brim.kernels.triton.chunk_attention import chunk_attention_kernel
 from brim.kernels.triton.decode_attention import decode_attention_kernel
 from brim.kernels.triton.launch import Launch, launch_now
 from brim.kernels.triton.prefill_attention import prefill_attention_kernel
 from brim.kernels.triton.scratch import KernelLimits, Scratch
 from brim.kernels.triton.tiles import LOG2_E
-from brim.kernels.triton.tuning import AttentionTile, decode_tile, next_power_of_2, prefill_tile
+from brim.kernels.triton.tuning import CHUNK_ELEMENTS, CHUNK_TOKENS, AttentionTile, decode_tile, next_power_of_2, prefill_tile
 from brim.units import ceil_div
 
 _COMBINE_ELEMENTS = 8192  # float32 values a program holds while it puts parts together
@@ -36,6 +37,7 @@ class AttentionLauncher:
     limits: KernelLimits
     scratch: Scratch
     num_parts: int
+    chunk_parts: int  # as num_parts, of chunk attention; 0: it is not used
     start: Launch = launch_now
     prefill: PrefillLauncher | None = None  # taken where it suits
 
@@ -50,10 +52,14 @@ class AttentionLauncher:
             tile = decode_tile(head_dim, group, size)
             self.launch_decode(q, cache, batch, scale, softcap, out, tile, self.num_parts)
         if batch.max_query_len > 1:
+            tile = prefill_tile(head_dim, group, size, batch.max_query_len)
+            if self.chunk_parts and q.shape[0] <= CHUNK_TOKENS and tile.rows * next_power_of_2(head_dim) <= CHUNK_ELEMENTS:
+                least = 2 if decodes else 0
+                self.launch_chunk(q, cache, batch, scale, softcap, out, tile, self.chunk_parts, least_queries=least)
+                return
             if self.prefill is not None and softcap == 0 and self.prefill.suits(q, cache, batch):
                 self.prefill.launch(q, cache, batch, scale, out, least_queries=2 if decodes else 0)
                 return
-            tile = prefill_tile(head_dim, group, size, batch.max_query_len)
             self.launch_prefill(q, cache, batch, scale, softcap, out, tile, skip_decodes=decodes)
 
     def launch_decode(
@@ -79,6 +85,31 @@ class AttentionLauncher:
             q.stride(0), out.stride(0), batch.block_tables.stride(0), *cache.stride()[:4], PARTS=num_parts,
             SEQS_PAD=self._seqs_pad, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=group_pad, D=head_dim, D_PAD=width,
             ROWS=tile.rows, KEYS=tile.keys, TOGETHER=together, BLOCK_SIZE=batch.block_size, WINDOW=batch.window,
+            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def launch_chunk(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float,
+        out: Tensor,
+        tile: AttentionTile,
+        num_parts: int,
+        *,
+        least_queries: int,
+    ) -> None:
+        """Sequences of at least so many new tokens in a small step, with this tile and so many shares of a KV head's work."""
+        kv_heads, head_dim = cache.shape[3], cache.shape[4]
+        scratch = self.scratch
+        self.start(
+            chunk_attention_kernel, (num_parts * kv_heads,), q, cache, out, batch.block_tables, batch.query_start,
+            batch.seq_lens, scratch.sums, scratch.stats, scratch.part_arrivals, *_factors(scale, softcap), batch.num_seqs,
+            least_queries, q.stride(0), out.stride(0), batch.block_tables.stride(0), *cache.stride()[:4], PARTS=num_parts,
+            SEQS_PAD=self._seqs_pad, KV_HEADS=kv_heads, GROUP=q.shape[1] // (kv_heads * head_dim), D=head_dim,
+            D_PAD=next_power_of_2(head_dim), ROWS=tile.rows, KEYS=tile.keys, BLOCK_SIZE=batch.block_size, WINDOW=batch.window,
             SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

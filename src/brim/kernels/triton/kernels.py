@@ -89,7 +89,9 @@ class TritonKernels(Kernels):
         self._narrow = _hopper_products(launch, self.chip.num_cores, self._scratch) if on_hopper else None
         self._own_rows = FEW_ROWS if on_hopper else self.fused_rows
         prefill = _hopper_launcher(launch, limits) if on_hopper else None
-        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(self.chip.num_cores), launch, prefill)
+        cores = self.chip.num_cores
+        parts = limits.decode_parts(cores), limits.chunk_parts(cores)
+        self._attention = AttentionLauncher(limits, self._scratch, *parts, launch, prefill)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
     def start_libraries(self) -> None:
@@ -360,7 +362,7 @@ def _hopper_products(launch: Launch, num_cores: int, scratch: Scratch) -> Hopper
     # optional part: imported only where it is chosen
     from brim.kernels.triton.hopper_products import HopperProducts
 
-    return HopperProducts(launch, num_cores, scratch.product_sums, scratch.product_arrivals)
+    return HopperProducts(launch, num_cores, scratch.sums, scratch.part_arrivals)
 
 
 def _matrix(weight: LinearWeight) -> Tensor:

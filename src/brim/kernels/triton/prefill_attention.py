@@ -12,31 +12,7 @@ import triton
 import triton.language as tl
 
 from brim.kernels.triton.dependent import begin_dependent
-from brim.kernels.triton.tiles import load_tile, scaled_scores, softmax_step, tile_pointers
-
-
-@triton.jit
-def _attend(
-    acc, top, total, q, cache, table, query_pos, begin, stop, inner, outer,
-    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, last_pos, lowest,
-):  # fmt: skip
-    """Fold tiles begin..stop into the running sums; MASKED where a tile holds keys that some row may not see."""
-    for tile in tl.range(begin, stop):
-        keys = tile * KEYS + tl.arange(0, KEYS)
-        readable = (keys <= last_pos) & (keys >= lowest)
-        at = tile_pointers(cache, table, keys, readable, stride_block, stride_token, BLOCK_SIZE, D_PAD, MASKED)
-        k = load_tile(at, readable, D, D_PAD, MASKED).to(q.dtype)
-        scores = scaled_scores(q, k, inner, outer, SOFTCAP)
-        if MASKED:
-            visible = keys[None, :] <= query_pos[:, None]
-            if WINDOW:
-                visible = visible & (keys[None, :] > query_pos[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        v = load_tile(at + stride_kv, readable, D, D_PAD, MASKED).to(q.dtype)
-        acc, top, total = softmax_step(scores, v, acc, top, total, MASKED)
-    return acc, top, total
+from brim.kernels.triton.tiles import attend_tiles
 
 
 @triton.jit(
@@ -88,15 +64,15 @@ def prefill_attention_kernel(
         plain = begin
         if WINDOW:  # tiles from here on lie inside the window of every query
             plain = tl.minimum(tl.maximum((tl.maximum(last_pos - WINDOW + 1, 0) + KEYS - 1) // KEYS, begin), plain_end)
-            acc, top, total = _attend(
+            acc, top, total = attend_tiles(
                 acc, top, total, group, source, table, query_pos, begin, plain, inner, outer, stride_block, stride_kv,
                 stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP, True, last_pos, lowest,
             )  # fmt: skip
-        acc, top, total = _attend(
+        acc, top, total = attend_tiles(
             acc, top, total, group, source, table, query_pos, plain, plain_end, inner, outer, stride_block, stride_kv,
             stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP, False, last_pos, lowest,
         )  # fmt: skip
-        acc, top, total = _attend(
+        acc, top, total = attend_tiles(
             acc, top, total, group, source, table, query_pos, plain_end, end, inner, outer, stride_block, stride_kv,
             stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP, True, last_pos, lowest,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from brim.config.model_spec import ModelSpec
-from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE, FEW_ROWS, SAMPLE_CHUNK, SAMPLE_PART
+from brim.kernels.triton.tuning import CHUNK_ELEMENTS, DECODE_PROGRAMS_PER_CORE, SAMPLE_CHUNK, SAMPLE_PART
 from brim.units import ceil_div, round_up
 
 _MATRIX_ALIGNMENT_BYTES = 256
@@ -41,19 +41,26 @@ class KernelLimits:
         """Equal shares the decode work of one KV head is cut into: all heads together fill the chip."""
         return max(1, num_cores * DECODE_PROGRAMS_PER_CORE // self.num_kv_heads)
 
-    def buffer_shapes(self, num_cores: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Every scratch buffer: name -> (shape, dtype).
+    def chunk_parts(self, num_cores: int) -> int:
+        """The same for chunk attention, one program a core."""
+        return max(1, num_cores // self.num_kv_heads)
 
-        Example: 132 cores, 32 heads over 8 KV heads of 128: 66 parts a head, so sums hold 66 * 2 * 8 slots of 4 x 128
-        floats, 2,162,688 bytes.
+    def buffer_shapes(self, num_cores: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Every scratch buffer: name -> (shape, dtype). Kernels that cut their work evenly share sums, stats and part_arrivals:
+        one runs after the other, and each leaves the arrivals at zero.
+
+        Example: 132 cores, 32 heads over 8 KV heads of 128: 16 parts a head of chunk attention, so sums hold 16 * 2 * 8 slots of
+        128 x 128 floats, 16,777,216 bytes.
         """
         slots, group = self.decode_parts(num_cores) * 2 * self.num_kv_heads, self.num_heads // self.num_kv_heads
+        chunk_slots = self.chunk_parts(num_cores) * 2 * self.num_kv_heads
         rows = (self.max_num_seqs, self.chunks)
         parts = (self.max_num_seqs, self.chunks * (SAMPLE_CHUNK // SAMPLE_PART))
         return {
-            "sums": ((slots, group, self.head_dim), torch.float32),
-            "stats": ((slots, 2, group), torch.float32),
+            "sums": ((max(slots * group * self.head_dim, chunk_slots * CHUNK_ELEMENTS),), torch.float32),
+            "stats": ((max(slots * 2 * group, chunk_slots * 2 * 128),), torch.float32),
             "arrivals": ((self.max_num_seqs, self.num_kv_heads), torch.int32),
+            "part_arrivals": ((max(num_cores, chunk_slots),), torch.int32),
             "best_value": (rows, torch.float32),
             "part_best": (parts, torch.float32),
             "active_parts": (parts, torch.int32),
@@ -61,8 +68,6 @@ class KernelLimits:
             "chunk_sum": (rows, torch.float32),
             "threshold": ((self.max_num_seqs,), torch.int32),
             "counts": ((self.vocab_size,), torch.int32),
-            "product_sums": ((num_cores, 2, 64, FEW_ROWS), torch.float32),
-            "product_arrivals": ((num_cores,), torch.int32),
         }
 
     def scratch_bytes(self, num_cores: int) -> int:
@@ -87,5 +92,5 @@ class Scratch:
         self.best_value, self.best_id, self.chunk_sum = made["best_value"], made["best_id"], made["chunk_sum"]
         self.part_best, self.active_parts = made["part_best"], made["active_parts"]
         self.threshold, self.counts = made["threshold"], made["counts"]
-        self.product_sums, self.product_arrivals = made["product_sums"], made["product_arrivals"]
+        self.part_arrivals = made["part_arrivals"]
         self.num_bytes = sum(buffer.nbytes for buffer in made.values())

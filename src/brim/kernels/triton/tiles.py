@@ -55,3 +55,27 @@ def softmax_step(scores, v, acc, top, total, GUARDED: tl.constexpr):
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return acc, new_top, total
+
+
+@triton.jit
+def attend_tiles(
+    acc, top, total, q, cache, table, query_pos, begin, stop, inner, outer,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, last_pos, lowest,
+):  # fmt: skip
+    """Fold tiles begin..stop into the running sums; MASKED where a tile holds keys that some row may not see."""
+    for tile in tl.range(begin, stop):
+        keys = tile * KEYS + tl.arange(0, KEYS)
+        readable = (keys <= last_pos) & (keys >= lowest)
+        at = tile_pointers(cache, table, keys, readable, stride_block, stride_token, BLOCK_SIZE, D_PAD, MASKED)
+        k = load_tile(at, readable, D, D_PAD, MASKED).to(q.dtype)
+        scores = scaled_scores(q, k, inner, outer, SOFTCAP)
+        if MASKED:
+            visible = keys[None, :] <= query_pos[:, None]
+            if WINDOW:
+                visible = visible & (keys[None, :] > query_pos[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        v = load_tile(at + stride_kv, readable, D, D_PAD, MASKED).to(q.dtype)
+        acc, top, total = softmax_step(scores, v, acc, top, total, MASKED)
+    return acc, top, total

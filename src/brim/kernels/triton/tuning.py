@@ -56,6 +56,8 @@ def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: i
 
 
 PREFILL_TILE = AttentionTile(128, 64, 8, 3)
+CHUNK_TOKENS = 512  # steps of at most so many take chunk attention
+CHUNK_ELEMENTS = 128 * 128  # float32 values of a part of it
 HOPPER_TILE = AttentionTile(128, 128, 4, 2)  # of `hopper_attention`: warps of each of its two groups
 
 
