@@ -178,6 +178,19 @@ def test_every_mode_gives_the_tokens_of_eager_steps(
     worker.close()
 
 
+def test_the_last_layer_has_rows_of_sizes_that_ran_in_warm(
+    model: Path, eager: list[list[int]], steps: list[tuple[int, int]]
+) -> None:
+    """Where products are loaded for each number of rows."""
+    worker, _ = start(model, enforce_eager=True)
+    steps.clear()
+    assert run(worker) == eager
+    sizes = set(worker.ready.warm.reserved.loaded.opened.settings.sizes.tokens.values)
+    assert {wanted for _, wanted in steps} <= sizes
+    assert any(1 < wanted < count for count, wanted in steps)
+    worker.close()
+
+
 def test_padding_reaches_every_size(model: Path) -> None:
     """Decode batches of 1 to 12 sequences are served by captured steps of 1, 2, 4, 8 and 12."""
     worker, _ = start(model, graph_mode="FULL_DECODE_ONLY")
