@@ -1,6 +1,6 @@
 """Times candidates for the hot path on a GPU, beside today's kernels and the device's limits of the same run.
 
-    python benchmarks/cuda_tuning.py [--parts step products decode prefill hopper] [--models qwen3-0.6b] [--json FILE]
+    python benchmarks/cuda_tuning.py [--parts step products decode chunk prefill hopper] [--models qwen3-0.6b] [--json FILE]
 
 Each part is a process with a time limit of its own, so that a kernel which never ends costs one part. All variants are first
 compiled by other processes. The winner of `step` is switched on in brim/kernels/triton/choice.py, tiles in tuning.py beside it.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from cuda_timing import MODELS, graph_ms
 from triton.backends.compiler import GPUTarget
-from tuning_cases import Build, Candidate, Case, decode_cases, prefill_cases
+from tuning_cases import Build, Candidate, Case, chunk_cases, decode_cases, prefill_cases
 from tuning_products import product_cases
 from tuning_step import prefill_step_cases, step_cases
 
@@ -32,7 +32,7 @@ from brim.kernels.triton.compile_pool import CompilePool
 from brim.kernels.triton.launch import Launch, launch_now
 from brim.kernels.triton.variant import VariantList
 
-PARTS = {"step": 100, "products": 110, "decode": 60, "prefill": 60, "hopper": 60}  # seconds each may take
+PARTS = {"step": 100, "products": 110, "decode": 60, "chunk": 60, "prefill": 60, "hopper": 60}  # seconds each may take
 SHOWN = 4  # candidates of a case, beside today's
 
 
@@ -46,6 +46,8 @@ def builds(part: str, model: str) -> Iterator[Callable[[str, Launch], Iterator[C
         found = product_cases(shape)
     elif part == "decode":
         found = decode_cases(shape)
+    elif part == "chunk":
+        found = chunk_cases(shape)
     else:
         found = prefill_cases(shape, hopper=part == "hopper")
     for _, build in found:

@@ -113,6 +113,50 @@ def decode_case(shape: ModelShape, name: str, lengths: list[int], device: str, l
     return case
 
 
+# -- attention of short chunks with long contexts
+
+CHUNK = {
+    24: "64 64 4 3 2,64 64 4 3 1,64 64 4 5 1,64 32 4 5 2,64 128 4 3 1",
+    120: "128 64 8 3 1,128 64 8 5 1,128 128 8 3 1,64 64 4 3 2,64 64 4 5 1",
+}
+CONTEXT = 16_000
+
+
+def chunk_cases(shape: ModelShape) -> Iterator[tuple[str, Build]]:
+    """A chunk beside eight sequences that decode."""
+    for tokens in CHUNK:
+        yield f"chunk of {tokens}", lambda d, launch, n=tokens: chunk_case(shape, n, d, launch)
+
+
+def chunk_case(shape: ModelShape, tokens: int, device: str, launch: Launch) -> Case:
+    """Tiles and programs per core, and the kernels for prompts."""
+    lengths = [264] * 8 + [CONTEXT]
+    paged = paged_case(shape, [1] * 8 + [tokens], lengths, 8, device)
+    limits = KernelLimits(256, shape.heads, shape.kv_heads, shape.head_dim, 16)
+    scratch = Scratch(limits, 2 * CHIP.num_cores, torch.device(device))
+    moved = CONTEXT * 2 * shape.kv_heads * shape.head_dim * 2 / BYTES_PER_S
+    limit_s = max(moved, 4.0 * shape.heads * shape.head_dim * tokens * CONTEXT / OPERATIONS_PER_S)
+    case = Case(f"chunk of {tokens} at {CONTEXT}", limit_s * 1e3)
+    run = AttentionLauncher(limits, scratch, 1, CHIP.num_cores, depending(launch))
+    for group in CHUNK[tokens].split(","):
+        *numbers, per_core = map(int, group.split())
+        tile, parts = AttentionTile(*numbers), CHIP.num_cores * per_core // shape.kv_heads
+        calls = [
+            lambda kv=kv, t=tile, p=parts: run.launch_chunk(
+                paged.q, kv, paged.batch, paged.scale, 0.0, paged.out, t, p, least_queries=2
+            )
+            for kv in paged.layers
+        ]
+        case.candidates.append(Candidate(group, calls, paged.out, not case.candidates))
+    tile = AttentionTile(64 if tokens * shape.heads // shape.kv_heads <= 64 else 128, 64, 8, 3)
+    calls = [
+        lambda kv=kv: run.launch_prefill(paged.q, kv, paged.batch, paged.scale, 0.0, paged.out, tile, skip_decodes=True)
+        for kv in paged.layers
+    ]
+    case.candidates.append(Candidate("by blocks", calls, paged.out))
+    return case
+
+
 # -- prefill attention
 
 PREFILL = "128 64 8 3,128 128 8 2,128 64 8 5,64 64 4 3"

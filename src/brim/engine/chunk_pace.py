@@ -2,10 +2,10 @@
 
 A prompt longer than the largest step is computed in chunks. Taken as large as a step allows, each chunk holds every stream up
 for many times its usual time a token; a chunk of the pace makes a step take at most `_FACTOR` times what its decodes take
-alone. Both times are measured as steps are settled: of steps that only decode, and what chunks of two sizes add to one, from
-which follows what any chunk costs and what each of its tokens. Where the least chunk costs too much already, tokens that cost
-little beside it are taken along. Prompts that fit a step are not held back (more sequences decoding is what throughput is made
-of), and each request that waits allows as much again, so that under load the pace gives way to throughput.
+alone. Both times are measured as steps are settled: of steps that only decode, and what chunks of each size add to one. Where
+the least chunk costs too much already, one that costs little more is taken. Prompts that fit a step are not held back (more
+sequences decoding is what throughput is made of), and each request that waits allows as much again, so that under load the
+pace gives way to throughput.
 
 Chunks beside decodes: Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024.
 """
@@ -27,7 +27,6 @@ _SMALL_STEPS = (32, 64)  # sizes below a unit, and the least tokens of a chunk i
 _LEAST_IN_SMALL = 16
 _FIRST_TOKENS = 256
 _DECODE_WEIGHT, _CHUNK_WEIGHT = 0.2, 0.5  # of the newest step in what is known; a chunk's cost grows with its context
-_MOST_GROWTH = 4  # of a chunk over the one before: what is known may be wrong
 _WORTH = 1.25  # of what the least chunk costs, where that is too much already
 
 
@@ -40,6 +39,7 @@ class ChunkBudget:
     long_from: int
     num_long: int = 0
     num_short: int = 0
+    context: int = 0  # of the last chunk of a long one
 
     def room(self, sequence: Sequence) -> int:
         """Tokens left for the sequence's next chunk."""
@@ -51,6 +51,7 @@ class ChunkBudget:
         if sequence.num_tokens > self.long_from:
             self.long_tokens -= num_tokens
             self.num_long += num_tokens
+            self.context = sequence.num_computed_tokens
         else:
             self.num_short += num_tokens
 
@@ -61,6 +62,7 @@ class _Planned:
     num_decodes: int
     num_long: int
     num_short: int
+    context: int
 
 
 class ChunkPace:
@@ -71,14 +73,14 @@ class ChunkPace:
         self._can_split = limits.enable_chunked_prefill
         unit = max(1, min(_UNIT_TOKENS, self._most // 4))
         small = _SMALL_STEPS if unit == _UNIT_TOKENS else ()
-        self._sizes = (*small, *range(unit, self._most, unit), self._most)
+        self._sizes: tuple[int, ...] = (*small, *range(unit, self._most, unit), self._most)
         self._least_chunk = _LEAST_IN_SMALL if small else unit // 2
         self._clock = clock
         self._planned: deque[_Planned] = deque()
         self._settled_s = 0.0
         self._decode_s: float | None = None
-        self._newest: tuple[int, float] | None = None  # (tokens, seconds they added) of the last chunk,
-        self._other: tuple[int, float] | None = None  # and of the last one of another size
+        self._added_s: dict[int, float] = {}  # by the tokens of a chunk
+        self._context = 0  # of the last one
 
     def budget(self, num_decodes: int, num_waiting: int) -> ChunkBudget:
         """For a step of so many decodes, while so many requests wait."""
@@ -88,7 +90,7 @@ class ChunkPace:
 
     def planned(self, num_decodes: int, budget: ChunkBudget) -> None:
         """A step with so many decodes and what was taken of the budget was planned."""
-        self._planned.append(_Planned(self._clock(), num_decodes, budget.num_long, budget.num_short))
+        self._planned.append(_Planned(self._clock(), num_decodes, budget.num_long, budget.num_short, budget.context))
 
     def settled(self) -> None:
         """The oldest planned step has ended."""
@@ -100,39 +102,39 @@ class ChunkPace:
         if not step.num_long:
             self._decode_s = _moved(self._decode_s, took_s, _DECODE_WEIGHT)
         elif self._decode_s is not None:
-            self._learn(step.num_long, max(0.0, took_s - self._decode_s))
+            self._learn(step, max(0.0, took_s - self._decode_s))
 
     def forget(self) -> None:
         """The steps that are planned will not be settled."""
         self._planned.clear()
 
-    def _learn(self, num_tokens: int, added_s: float) -> None:
-        if self._newest is not None and self._newest[0] == num_tokens:
-            self._newest = (num_tokens, _moved(self._newest[1], added_s, _CHUNK_WEIGHT))
-        else:
-            self._newest, self._other = (num_tokens, added_s), self._newest
+    def _learn(self, step: _Planned, added_s: float) -> None:
+        """Costs grow with the context: those known of a longer one are forgotten."""
+        if step.context < self._context:
+            self._added_s.clear()
+        self._context = step.context
+        self._added_s[step.num_long] = _moved(self._added_s.get(step.num_long), added_s, _CHUNK_WEIGHT)
 
-    def _cost(self, newest: tuple[int, float]) -> tuple[float, float]:
-        """Seconds of any chunk at all, and of each of its tokens."""
-        tokens, added_s = newest
-        if self._other is not None:
-            token_s = (added_s - self._other[1]) / (tokens - self._other[0])
-            if 0 < token_s * tokens <= added_s:
-                return added_s - token_s * tokens, token_s
-        return 0.0, max(added_s / tokens, 1e-12)
+    def _estimate_s(self, num_tokens: int) -> float:
+        """What a chunk adds to a step: as measured, or in proportion to the next smaller one that was, else the next larger."""
+        known = sorted(self._added_s)
+        place = bisect_right(known, num_tokens)
+        nearest = known[place - 1] if place else known[0]
+        return self._added_s[nearest] * num_tokens / nearest if nearest != num_tokens else self._added_s[nearest]
 
     def _long_tokens(self, num_decodes: int, num_waiting: int) -> int:
         if not self._decode_s:
             return self._most - num_decodes
-        room = float(_FIRST_TOKENS)
-        if self._newest is not None:
-            chunk_s, token_s = self._cost(self._newest)
-            wanted_s = (_FACTOR - 1) * self._decode_s * (1 + num_waiting)
-            room = (max(wanted_s, _WORTH * (chunk_s + token_s * self._least_chunk)) - chunk_s) / token_s
-            room = min(room, _MOST_GROWTH * self._newest[0])
-        wanted = bisect_right(self._sizes, num_decodes + room) - 1
-        least = bisect_left(self._sizes, num_decodes + self._least_chunk)
-        return self._sizes[min(max(wanted, least), len(self._sizes) - 1)] - num_decodes
+        least = min(bisect_left(self._sizes, num_decodes + self._least_chunk), len(self._sizes) - 1)
+        chunks: list[int] = [size - num_decodes for size in self._sizes[least:]]
+        if not self._added_s:
+            return max([chunk for chunk in chunks if chunk <= _FIRST_TOKENS], default=chunks[0])
+        wanted_s = (_FACTOR - 1) * self._decode_s * (1 + num_waiting)
+        fitting = [chunk for chunk in chunks if self._estimate_s(chunk) <= wanted_s]
+        if fitting:
+            return fitting[-1]
+        worth_s = _WORTH * self._estimate_s(chunks[0])
+        return max([chunk for chunk in chunks if self._added_s.get(chunk, worth_s * 2) <= worth_s], default=chunks[0])
 
 
 def _moved(known: float | None, newest: float, weight: float) -> float:

@@ -33,7 +33,7 @@ def kernels_of(device: str, case: AttentionShape, *, chunks: bool, max_num_seqs:
     """chunks: several new tokens go through chunk attention, as in small steps; else through prefill attention."""
     kernels = kernels_for(device, case, max_num_seqs=max_num_seqs)
     if not chunks:
-        kernels._attention = replace(kernels._attention, chunk_parts=0)
+        kernels._attention = replace(kernels._attention, chunk_cores=0)
     return kernels
 
 
@@ -43,14 +43,13 @@ def test_attention(device: str, case: AttentionShape, chunks: bool) -> None:
     assert_attention(kernels_of(device, case, chunks=chunks), case, torch.float32, device)
 
 
-@pytest.mark.parametrize("parts", [1, 3, 7, 20])
+@pytest.mark.parametrize("cores", [1, 3, 7, 20])
 @pytest.mark.parametrize("case", CASES[5:], ids=str)
-def test_chunks_cut_otherwise(device: str, case: AttentionShape, parts: int) -> None:
+def test_chunks_cut_otherwise(device: str, case: AttentionShape, cores: int) -> None:
     """Blocks of one and of many parts, several blocks in a part."""
     kernels = kernels_for(device, case)
-    limits = replace(kernels.limits, num_kv_heads=1)
-    scratch = Scratch(limits, parts * case.kv_heads, torch.device(device))
-    kernels._attention = replace(kernels._attention, chunk_parts=parts, scratch=scratch)
+    scratch = Scratch(kernels.limits, cores, torch.device(device))
+    kernels._attention = replace(kernels._attention, chunk_cores=cores, scratch=scratch)
     assert_attention(kernels, case, torch.float32, device)
     assert not scratch.part_arrivals.any()
 

@@ -14,7 +14,14 @@ from brim.kernels.triton.launch import Launch, launch_now
 from brim.kernels.triton.prefill_attention import prefill_attention_kernel
 from brim.kernels.triton.scratch import KernelLimits, Scratch
 from brim.kernels.triton.tiles import LOG2_E
-from brim.kernels.triton.tuning import CHUNK_ELEMENTS, CHUNK_TOKENS, AttentionTile, decode_tile, next_power_of_2, prefill_tile
+from brim.kernels.triton.tuning import (
+    CHUNK_TOKENS,
+    AttentionTile,
+    chunk_programs_per_core,
+    decode_tile,
+    next_power_of_2,
+    prefill_tile,
+)
 from brim.units import ceil_div
 
 _COMBINE_ELEMENTS = 8192  # float32 values a program holds while it puts parts together
@@ -37,7 +44,7 @@ class AttentionLauncher:
     limits: KernelLimits
     scratch: Scratch
     num_parts: int
-    chunk_parts: int  # as num_parts, of chunk attention; 0: it is not used
+    chunk_cores: int  # that chunk attention is cut for; 0: it is not used
     start: Launch = launch_now
     prefill: PrefillLauncher | None = None  # taken where it suits
 
@@ -53,9 +60,10 @@ class AttentionLauncher:
             self.launch_decode(q, cache, batch, scale, softcap, out, tile, self.num_parts)
         if batch.max_query_len > 1:
             tile = prefill_tile(head_dim, group, size, batch.max_query_len)
-            if self.chunk_parts and q.shape[0] <= CHUNK_TOKENS and tile.rows * next_power_of_2(head_dim) <= CHUNK_ELEMENTS:
-                least = 2 if decodes else 0
-                self.launch_chunk(q, cache, batch, scale, softcap, out, tile, self.chunk_parts, least_queries=least)
+            programs = self.chunk_cores * chunk_programs_per_core(tile.rows, head_dim)
+            if programs and q.shape[0] <= CHUNK_TOKENS:
+                parts, least = max(1, programs // kv_heads), 2 if decodes else 0
+                self.launch_chunk(q, cache, batch, scale, softcap, out, tile, parts, least_queries=least)
                 return
             if self.prefill is not None and softcap == 0 and self.prefill.suits(q, cache, batch):
                 self.prefill.launch(q, cache, batch, scale, out, least_queries=2 if decodes else 0)

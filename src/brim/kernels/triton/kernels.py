@@ -90,8 +90,7 @@ class TritonKernels(Kernels):
         self._own_rows = FEW_ROWS if on_hopper else self.fused_rows
         prefill = _hopper_launcher(launch, limits) if on_hopper else None
         cores = self.chip.num_cores
-        parts = limits.decode_parts(cores), limits.chunk_parts(cores)
-        self._attention = AttentionLauncher(limits, self._scratch, *parts, launch, prefill)
+        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(cores), cores, launch, prefill)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
     def start_libraries(self) -> None:

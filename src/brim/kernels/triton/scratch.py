@@ -41,26 +41,22 @@ class KernelLimits:
         """Equal shares the decode work of one KV head is cut into: all heads together fill the chip."""
         return max(1, num_cores * DECODE_PROGRAMS_PER_CORE // self.num_kv_heads)
 
-    def chunk_parts(self, num_cores: int) -> int:
-        """The same for chunk attention, one program a core."""
-        return max(1, num_cores // self.num_kv_heads)
-
     def buffer_shapes(self, num_cores: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Every scratch buffer: name -> (shape, dtype). Kernels that cut their work evenly share sums, stats and part_arrivals:
         one runs after the other, and each leaves the arrivals at zero.
 
-        Example: 132 cores, 32 heads over 8 KV heads of 128: 16 parts a head of chunk attention, so sums hold 16 * 2 * 8 slots of
-        128 x 128 floats, 16,777,216 bytes.
+        Example: 132 cores, 32 heads over 8 KV heads of 128: sums hold two slots of 128 x 128 floats for chunk attention on each
+        core, 17,301,504 bytes.
         """
         slots, group = self.decode_parts(num_cores) * 2 * self.num_kv_heads, self.num_heads // self.num_kv_heads
-        chunk_slots = self.chunk_parts(num_cores) * 2 * self.num_kv_heads
+        chunk_slots = max(num_cores, self.num_kv_heads) * 2
         rows = (self.max_num_seqs, self.chunks)
         parts = (self.max_num_seqs, self.chunks * (SAMPLE_CHUNK // SAMPLE_PART))
         return {
             "sums": ((max(slots * group * self.head_dim, chunk_slots * CHUNK_ELEMENTS),), torch.float32),
             "stats": ((max(slots * 2 * group, chunk_slots * 2 * 128),), torch.float32),
             "arrivals": ((self.max_num_seqs, self.num_kv_heads), torch.int32),
-            "part_arrivals": ((max(num_cores, chunk_slots),), torch.int32),
+            "part_arrivals": ((4 * max(num_cores, self.num_kv_heads),), torch.int32),
             "best_value": (rows, torch.float32),
             "part_best": (parts, torch.float32),
             "active_parts": (parts, torch.int32),

@@ -57,8 +57,13 @@ def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: i
 
 PREFILL_TILE = AttentionTile(128, 64, 8, 3)
 CHUNK_TOKENS = 512  # steps of at most so many take chunk attention
-CHUNK_ELEMENTS = 128 * 128  # float32 values of a part of it
+CHUNK_ELEMENTS = 128 * 128  # float32 values of the parts of all its programs on a core
 HOPPER_TILE = AttentionTile(128, 128, 4, 2)  # of `hopper_attention`: warps of each of its two groups
+
+
+def chunk_programs_per_core(rows: int, head_dim: int) -> int:
+    """Programs of chunk attention; 0 where its parts would take more memory than is kept for them."""
+    return min(4, CHUNK_ELEMENTS // (rows * next_power_of_2(head_dim)))
 
 
 def norm_warps(width: int) -> int:
