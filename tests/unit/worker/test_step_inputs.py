@@ -56,8 +56,8 @@ def test_fill_matches_a_loop_over_tokens(step: StepArrays) -> None:
     assert batches[0].max_query_len == step.query_lens.max()
 
 
-def test_padding_has_ids_that_there_are() -> None:
-    """Whatever earlier steps left: ids that the device fills in are -1 on the host."""
+def test_padding_has_ids_and_rows_that_there_are() -> None:
+    """Whatever earlier steps left: ids that the device fills in are -1 on the host, sampled rows lay further on."""
     inputs = StepInputs(LIMITS, LAYOUT, torch.device("cpu"))
 
     def decode(num_seqs: int) -> StepArrays:
@@ -69,6 +69,9 @@ def test_padding_has_ids_that_there_are() -> None:
         inputs.fill(decode(6))
     inputs.fill(decode(2), StepShape(6, 6, 1, 128))
     assert inputs.ids[:6].tolist() == [-1, -1, 0, 0, 0, 0]
+    inputs.fill(decode(6))
+    inputs.fill(decode(2))
+    assert inputs.sample_rows.tolist() == [0, 1, 0, 0, 0, 0], "padding rows of the last layer"
 
 
 def test_bytes_are_known_before_building() -> None:
