@@ -189,7 +189,7 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._front.encode(prompt)
-        return [int(token) for token in prompt]
+        return list(map(int, prompt))
 
     def _encode_chat(self, messages: Any) -> list[int]:
         return self._front.encode_chat(messages)

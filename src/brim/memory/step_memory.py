@@ -82,6 +82,7 @@ def input_arrays(limits: StepLimits, num_groups: int, block_size: int) -> dict[s
     blocks = ceil_div(limits.max_model_len, block_size)
     arrays: dict[str, tuple[int, ...]] = {
         "query_start": (4, seqs + 1),
+        "one_each": (4, seqs + 1),
         "seq_lens": (4, seqs),
         "sample_rows": (8, seqs),
         "rows": (8, seqs),

@@ -21,6 +21,7 @@ class StepTensors:
     ids [T] int64, positions [T] int64, batches: one AttentionBatch a KV group, kv_caches: one strided view a layer
     [num_blocks, 2, B, K, D], buffers: name -> workspace view whose first dimension holds at least T rows.
     wanted [R] int64: rows of the T whose hidden states are asked for, padded with any; may be empty. None: all of them.
+    wanted_batches: the wanted rows that are real as a step of one token each, where they are the last ones of their sequences.
     """
 
     ids: Tensor
@@ -29,6 +30,7 @@ class StepTensors:
     kv_caches: Sequence[Tensor]
     buffers: Mapping[str, Tensor]
     wanted: Tensor | None = None
+    wanted_batches: Sequence[AttentionBatch] | None = None
 
     @property
     def num_wanted(self) -> int:

@@ -132,10 +132,14 @@ class DecoderModel(Model):
     def _attend(self, index: int, step: StepTensors) -> None:
         if self._is_last(index) and not step.num_wanted:
             return
-        num_tokens, spec = step.ids.shape[0], self.spec
+        num_tokens, spec, group = step.ids.shape[0], self.spec, self._layer_groups[index]
         queries = step.buffers["qkv"][:num_tokens, : self._query_width]
-        attended = step.buffers["attention"][:num_tokens]
-        batch = step.batches[self._layer_groups[index]]
+        attended, batch = step.buffers["attention"][:num_tokens], step.batches[group]
+        if self._is_last(index) and step.wanted is not None and step.wanted_batches is not None:
+            batch, num_rows = step.wanted_batches[group], step.num_wanted
+            gathered = attended[num_rows : 2 * num_rows]
+            self._kernels.gather_rows(queries, step.wanted, gathered)
+            queries, attended = gathered[: batch.num_seqs], attended[: batch.num_seqs]
         self._kernels.attention(queries, step.kv_caches[index], batch, spec.attention_scale, spec.attention_softcap, attended)
 
     def _after_attention(self, index: int, step: StepTensors) -> None:
@@ -174,8 +178,11 @@ class DecoderModel(Model):
             return attended
         num_rows, width = len(step.wanted), self._query_width
         kept, moved = step.buffers["qkv"].view(-1)[: num_rows * width].view(num_rows, width), step.buffers["hidden"][:num_rows]
-        if num_rows:
+        if step.wanted_batches is not None:
+            kept = attended[:num_rows]  # attention ran for those rows alone
+        elif num_rows:
             self._kernels.gather_rows(attended, step.wanted, kept)
+        if num_rows:
             self._kernels.gather_rows(residual, step.wanted, moved)
             residual[:num_rows].copy_(moved)
         return kept

@@ -6,6 +6,7 @@ Everything a step needs lives in buffers allocated before; a step allocates noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -171,7 +172,10 @@ class ModelRunner:
             batches = self._inputs.fill(arrays, shape)
             self._resolve(arrays.num_seqs)
             num_wanted = None if keeps_all else self._num_wanted(num_rows, shape.num_tokens)
-            hidden = self._model.forward(self._step_tensors(shape.num_tokens, batches, num_wanted))
+            step = self._step_tensors(shape.num_tokens, batches, num_wanted)
+            if num_wanted and 2 * num_wanted <= num_tokens and int(arrays.sample_indices[-1]) == num_rows - 1:
+                step = replace(step, wanted_batches=self._inputs.last_tokens(num_rows, batches[0].max_seq_len))
+            hidden = self._model.forward(step)
             return (hidden[:num_tokens], sampled) if num_wanted is None else (hidden[:num_rows], None)
         size, mixed = program
         shape = self._mixed_shape(size) if mixed.is_whole else StepShape(size, arrays.num_seqs, longest, 0)

@@ -73,6 +73,7 @@ class StepInputs:
         self.ids = on_device["ids"]
         self.positions = on_device["positions"]
         self.query_start = on_device["query_start"]
+        self._one_each = on_device["one_each"]
         self.seq_lens = on_device["seq_lens"]
         self.sample_rows = on_device["sample_rows"]
         self.rows = on_device["rows"]
@@ -111,6 +112,7 @@ class StepInputs:
         host["positions"][:num_tokens] = positions
         self._fill_tables(step, owner, positions, shape)
         num_rows = len(step.sample_indices)
+        host["one_each"][: num_rows + 1] = np.arange(num_rows + 1)
         host["sample_rows"][:num_rows] = ends[step.sample_indices] - 1
         host["sample_rows"][num_rows:] = 0  # padding rows are read too: a row that there is
         rows = self._nobody if step.rows is None else step.rows
@@ -153,13 +155,18 @@ class StepInputs:
             mirror.upload(f"slots_{group}", num_tokens)
             mirror.upload(f"tables_{group}", num_seqs)
 
-    def batches(self, shape: StepShape) -> list[AttentionBatch]:
-        """Views of the buffers for a step of this shape, one a KV group."""
+    def last_tokens(self, num_seqs: int, max_seq_len: int) -> list[AttentionBatch]:
+        """The step that is filled, with the last token alone of each of the first num_seqs sequences."""
+        return self.batches(StepShape(num_seqs, num_seqs, 1, max_seq_len), self._one_each)
+
+    def batches(self, shape: StepShape, query_start: torch.Tensor | None = None) -> list[AttentionBatch]:
+        """Views of the buffers for a step of this shape, one a KV group. query_start: another than the one that is filled."""
+        starts = self.query_start if query_start is None else query_start
         return [
             AttentionBatch(
                 block_tables=self.block_tables[g][: shape.num_seqs],
                 slot_mapping=self.slot_mappings[g][: shape.num_tokens],
-                query_start=self.query_start[: shape.num_seqs + 1],
+                query_start=starts[: shape.num_seqs + 1],
                 seq_lens=self.seq_lens[: shape.num_seqs],
                 num_seqs=shape.num_seqs,
                 max_query_len=shape.max_query_len,

@@ -156,8 +156,9 @@ class PagedRun:
         ends = np.cumsum(chunks).tolist()
         return torch.cat([self.chunk(ids, end - count, count) for count, end in zip(chunks, ends, strict=True)])
 
-    def chunk(self, ids: Tensor, start: int, count: int, wanted: Sequence[int] | None = None) -> Tensor:
-        """[count, vocab] float32 of one step over ids[start : start + count], or [len(wanted), vocab] of those rows of it."""
+    def chunk(self, ids: Tensor, start: int, count: int, wanted: Sequence[int] | None = None, last_alone: bool = False) -> Tensor:
+        """[count, vocab] float32 of one step over ids[start : start + count], or [len(wanted), vocab] of those rows of it.
+        last_alone: the first of them is the last token and the others padding; the last layer attends for that one only."""
         arrays = StepArrays(
             ids[start : start + count].numpy(),
             np.array([count], np.int32),
@@ -167,7 +168,8 @@ class PagedRun:
         )
         inputs, batches = self._inputs, self._inputs.fill(arrays)
         rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
-        step = StepTensors(inputs.ids[:count], inputs.positions[:count], batches, self._caches, self._buffers, rows)
+        alone = inputs.last_tokens(1, start + count) if last_alone else None
+        step = StepTensors(inputs.ids[:count], inputs.positions[:count], batches, self._caches, self._buffers, rows, alone)
         hidden = self.model.forward(step)
         out = torch.full((len(hidden), self.model.spec.vocab_size), float("nan"))
         if len(hidden):

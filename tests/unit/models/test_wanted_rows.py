@@ -29,3 +29,16 @@ def test_wanted_rows_are_those_of_a_whole_step(name: str, saved: Saved, kernels:
         assert found.shape == (len(wanted), expected.shape[1])
         torch.testing.assert_close(found, expected[[start + row for row in wanted]], rtol=1e-5, atol=1e-5)
         start += count
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_of_last_tokens_alone(name: str, saved: Saved, kernels: Kernels) -> None:
+    model = load_folder(saved(name, torch.float32)[1], kernels)
+    ids, counts = prompt_ids(), (20, 9, 30)
+    expected = PagedRun(model).logits(ids[:59], counts)
+    run, start = PagedRun(model), 0
+    run.use_buffers(planned_buffers(model))
+    for count in counts:
+        found = run.chunk(ids, start, count, (count - 1, 0, 0), last_alone=True)
+        start += count
+        torch.testing.assert_close(found[0], expected[start - 1], rtol=1e-5, atol=1e-5)

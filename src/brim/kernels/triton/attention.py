@@ -18,6 +18,7 @@ from brim.kernels.triton.tuning import (
     CHUNK_TOKENS,
     AttentionTile,
     chunk_programs_per_core,
+    chunk_tile,
     decode_tile,
     next_power_of_2,
     prefill_tile,
@@ -59,15 +60,16 @@ class AttentionLauncher:
             tile = decode_tile(head_dim, group, size)
             self.launch_decode(q, cache, batch, scale, softcap, out, tile, self.num_parts)
         if batch.max_query_len > 1:
-            tile = prefill_tile(head_dim, group, size, batch.max_query_len)
-            programs = self.chunk_cores * chunk_programs_per_core(tile.rows, head_dim)
+            chunk = chunk_tile(head_dim, group, size, batch.max_query_len)
+            programs = self.chunk_cores * chunk_programs_per_core(chunk.rows, head_dim)
             if programs and q.shape[0] <= CHUNK_TOKENS:
                 parts, least = max(1, programs // kv_heads), 2 if decodes else 0
-                self.launch_chunk(q, cache, batch, scale, softcap, out, tile, parts, least_queries=least)
+                self.launch_chunk(q, cache, batch, scale, softcap, out, chunk, parts, least_queries=least)
                 return
             if self.prefill is not None and softcap == 0 and self.prefill.suits(q, cache, batch):
                 self.prefill.launch(q, cache, batch, scale, out, least_queries=2 if decodes else 0)
                 return
+            tile = prefill_tile(head_dim, group, size, batch.max_query_len)
             self.launch_prefill(q, cache, batch, scale, softcap, out, tile, skip_decodes=decodes)
 
     def launch_decode(

@@ -61,8 +61,17 @@ CHUNK_ELEMENTS = 128 * 128  # float32 values of the parts of all its programs on
 HOPPER_TILE = AttentionTile(128, 128, 4, 2)  # of `hopper_attention`: warps of each of its two groups
 
 
+def chunk_tile(head_dim: int, group: int, element_bytes: int, max_query_len: int) -> AttentionTile:
+    """Tile of chunk attention: as for prompts, with more tiles ahead, for its contexts are long and its programs few."""
+    tile = prefill_tile(head_dim, group, element_bytes, max_query_len)
+    deep = element_bytes == 2 and next_power_of_2(head_dim) <= 128 and tile.rows >= 64
+    return replace(tile, stages=5) if deep else tile
+
+
 def chunk_programs_per_core(rows: int, head_dim: int) -> int:
     """Programs of chunk attention; 0 where its parts would take more memory than is kept for them."""
+    if rows >= 64:
+        return int(rows * next_power_of_2(head_dim) <= CHUNK_ELEMENTS)
     return min(4, CHUNK_ELEMENTS // (rows * next_power_of_2(head_dim)))
 
 
