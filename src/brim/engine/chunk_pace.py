@@ -27,6 +27,8 @@ _SMALL_STEPS = (32, 64)  # sizes below a unit, and the least tokens of a chunk i
 _LEAST_IN_SMALL = 16
 _FIRST_TOKENS = 256
 _DECODE_WEIGHT, _CHUNK_WEIGHT = 0.2, 0.5  # of the newest step in what is known; a chunk's cost grows with its context
+_LATE = 1.25  # of the usual time: a step that seems to take more was noticed late, or the usual time grows slowly
+_MOST_GROWTH = 2  # of a chunk over the largest that was measured
 _WORTH = 1.25  # of what the least chunk costs, where that is too much already
 
 
@@ -100,7 +102,8 @@ class ChunkPace:
         if not step.num_decodes or step.num_short:
             return
         if not step.num_long:
-            self._decode_s = _moved(self._decode_s, took_s, _DECODE_WEIGHT)
+            most_s = took_s if self._decode_s is None else _LATE * self._decode_s
+            self._decode_s = _moved(self._decode_s, min(took_s, most_s), _DECODE_WEIGHT)
         elif self._decode_s is not None:
             self._learn(step, max(0.0, took_s - self._decode_s))
 
@@ -130,7 +133,8 @@ class ChunkPace:
         if not self._added_s:
             return max([chunk for chunk in chunks if chunk <= _FIRST_TOKENS], default=chunks[0])
         wanted_s = (_FACTOR - 1) * self._decode_s * (1 + num_waiting)
-        fitting = [chunk for chunk in chunks if self._estimate_s(chunk) <= wanted_s]
+        most = _MOST_GROWTH * max(self._added_s)  # a step may seem to take no time, when the one before was noticed late
+        fitting = [chunk for chunk in chunks if chunk <= most and self._estimate_s(chunk) <= wanted_s]
         if fitting:
             return fitting[-1]
         worth_s = _WORTH * self._estimate_s(chunks[0])

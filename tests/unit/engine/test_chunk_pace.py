@@ -100,6 +100,18 @@ def test_steps_that_cost_much_however_small_still_move_the_prompt(rig: Callable[
     assert min(tokens) >= 248, "what costs nearly nothing beside the least chunk is taken along"
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_host_that_was_busy_is_not_taken_for_a_slow_device(rig: Callable[..., Any], depth: int) -> None:
+    """Taking a long prompt in holds the host up: the step before is noticed late, and seems to have been a long one."""
+    device = PacedDevice(rig, depth=depth)
+    device.decode(steps=40)
+    device.rig.add("long", [5] * LONG, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+    device.now_s += 0.1
+    while "long" not in device.rig.ends:
+        device.rig.step()
+    assert max(seconds for _, _, seconds in device.prompt_steps) < 2.5 * DECODE_S
+
+
 def test_requests_that_wait_quicken_the_pace(rig: Callable[..., Any]) -> None:
     device = PacedDevice(rig)
     device.decode()
