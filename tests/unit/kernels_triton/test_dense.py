@@ -98,4 +98,4 @@ def test_scratch_is_what_the_limits_say(device: str) -> None:
     limits = KernelLimits(256, 32, 8, 128, 128256)
     kernels = TritonKernels(device, limits)
     assert kernels.scratch_bytes == limits.scratch_bytes(kernels.num_cores)
-    assert limits.buffer_shapes(132)["sums"][0] == (1056, 4, 128)
+    assert limits.buffer_shapes(132)["sums"][0] == (2 * 132 * 128 * 128,)
