@@ -160,8 +160,8 @@ class EngineCore:
         """Plan and submit while the pipeline has room, then wait for the oldest step. `failing` gets the plan being worked on.
 
         alone: one step only, so that what failed ahead of a good step does not cancel that one again and again."""
-        if self.guard.is_due and not self._in_flight:
-            self.guard.adjust()
+        if self.guard.is_due:
+            self.guard.adjust(in_flight=bool(self._in_flight))
         while not self.guard.is_due and (plan := self.scheduler.schedule()) is not None:
             failing[:] = [plan]
             self._in_flight.append((plan, self.executor.submit(plan)))

@@ -53,10 +53,13 @@ class KVGuard:
         self._next_pause_checks = min(2 * self._next_pause_checks, _LONGEST_PAUSE_CHECKS)
         return self._give_back(wanted, self._scheduler.least_blocks())
 
-    def adjust(self) -> None:
-        """Follow the device's pressure, either way."""
-        self._steps_to_check = self._interval_steps
+    def adjust(self, *, in_flight: bool = False) -> None:
+        """Follow the device's pressure, either way. in_flight: steps are; then only look, and stay due where blocks should change
+        hands, for which the device must have ended them."""
         pressure_bytes = self._executor.pressure_bytes()
+        if in_flight and self._would_act(pressure_bytes):
+            return
+        self._steps_to_check = self._interval_steps
         if pressure_bytes > 0:
             self._give_back(pressure_bytes, self._scheduler.least_blocks(self._scheduler.limits.max_model_len))
         elif self._pause_checks:
@@ -68,6 +71,11 @@ class KVGuard:
         """Take back what the device can spare, pause or not: a sequence cannot go on without. True where blocks were gained."""
         pressure_bytes = self._executor.pressure_bytes()
         return pressure_bytes < 0 and self._grow(-pressure_bytes)
+
+    def _would_act(self, pressure_bytes: int) -> bool:
+        if pressure_bytes > 0:
+            return self._executor.gives_back
+        return pressure_bytes < 0 and not self._pause_checks and self._growth(-pressure_bytes) is not None
 
     def _committed_bytes(self) -> int:
         return self._layout.bytes_for(self._scheduler.blocks.num_blocks)
@@ -105,21 +113,26 @@ class KVGuard:
         self.num_shrinks += 1
 
     def _grow(self, num_bytes: int) -> bool:
-        """Each group takes its share of num_bytes, up to its capacity."""
-        pools = self._scheduler.blocks.pools
-        before = self._scheduler.blocks.num_blocks
-        missing_bytes = self._layout.bytes_for(tuple(pool.capacity - pool.num_blocks for pool in pools))
-        if not missing_bytes or not self._executor.gives_back:
-            return False
-        share_bytes = min(num_bytes, missing_bytes)
-        targets = tuple(p.num_blocks + (p.capacity - p.num_blocks) * share_bytes // missing_bytes for p in pools)
-        if targets == before:
+        """Take blocks back, of num_bytes at most. False where none were gained."""
+        before, targets = self._scheduler.blocks.num_blocks, self._growth(num_bytes)
+        if targets is None:
             return False
         try:
             committed = self._executor.set_committed_blocks(targets)
         except OutOfDeviceMemory:
             self._executor.set_committed_blocks(before)
             return False
+        pools = self._scheduler.blocks.pools
         self._scheduler.resize(tuple(min(p.capacity, count) for p, count in zip(pools, committed, strict=True)))
         self.num_grows += 1
         return self._scheduler.blocks.num_blocks != before
+
+    def _growth(self, num_bytes: int) -> tuple[int, ...] | None:
+        """Blocks of each group when it takes its share of num_bytes, up to its capacity; None where that is no block more."""
+        pools = self._scheduler.blocks.pools
+        missing_bytes = self._layout.bytes_for(tuple(pool.capacity - pool.num_blocks for pool in pools))
+        if not missing_bytes or not self._executor.gives_back:
+            return None
+        share_bytes = min(num_bytes, missing_bytes)
+        targets = tuple(p.num_blocks + (p.capacity - p.num_blocks) * share_bytes // missing_bytes for p in pools)
+        return None if targets == self._scheduler.blocks.num_blocks else targets

@@ -147,6 +147,32 @@ def test_pressure_gives_bytes_back_and_takes_them_again(rig: Rigs) -> None:
     assert r.executor.committed == (40,) and r.tokens["a"] == r.expected("a")
 
 
+def test_looking_at_the_device_leaves_steps_in_flight(rig: Rigs) -> None:
+    """Waiting for them each time would leave the device idle; only blocks that change hands are worth it."""
+    r = rig(num_blocks=60, depth=2, check_interval_steps=3)
+    r.add("a", [5] * 8, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    in_flight, changed, was = [], [], r.executor.pressure_bytes
+
+    def look() -> int:
+        in_flight.append(len(r.core._in_flight))
+        return int(was())
+
+    r.executor.pressure_bytes = look
+    resize = r.executor.set_committed_blocks
+
+    def change(counts: tuple[int, ...]) -> tuple[int, ...]:
+        changed.append(len(r.core._in_flight))
+        return tuple(resize(counts))
+
+    r.executor.set_committed_blocks = change
+    for _ in range(20):
+        r.step()
+    assert len(in_flight) >= 4 and min(in_flight) > 0 and not changed
+    r.executor.pressure = 10 * r.executor.layout.groups[0].block_bytes
+    r.run()
+    assert changed and not any(changed)
+
+
 def test_pressure_below_one_unit_of_the_device_is_relieved_too(rig: Rigs) -> None:
     r = rig(num_blocks=40, check_interval_steps=2, unit_blocks=16)
     r.add("a", range(8), greedy(20))
