@@ -48,6 +48,7 @@ class AttentionLauncher:
     chunk_cores: int  # that chunk attention is cut for; 0: it is not used
     start: Launch = launch_now
     prefill: PrefillLauncher | None = None  # taken where it suits
+    deep_chunks: bool = False  # see `chunk_tile`
 
     def launch(self, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, softcap: float, out: Tensor) -> None:
         """Decode attention where a sequence may have one new token, prefill attention where one may have more."""
@@ -60,7 +61,7 @@ class AttentionLauncher:
             tile = decode_tile(head_dim, group, size)
             self.launch_decode(q, cache, batch, scale, softcap, out, tile, self.num_parts)
         if batch.max_query_len > 1:
-            chunk = chunk_tile(head_dim, group, size, batch.max_query_len)
+            chunk = chunk_tile(head_dim, group, size, batch.max_query_len, deep=self.deep_chunks)
             programs = self.chunk_cores * chunk_programs_per_core(chunk.rows, head_dim)
             if programs and q.shape[0] <= CHUNK_TOKENS:
                 parts, least = max(1, programs // kv_heads), 2 if decodes else 0

@@ -90,7 +90,8 @@ class TritonKernels(Kernels):
         self._own_rows = FEW_ROWS if on_hopper else self.fused_rows
         prefill = _hopper_launcher(launch, limits) if on_hopper else None
         cores = self.chip.num_cores
-        self._attention = AttentionLauncher(limits, self._scratch, limits.decode_parts(cores), cores, launch, prefill)
+        parts = limits.decode_parts(cores)
+        self._attention = AttentionLauncher(limits, self._scratch, parts, cores, launch, prefill, deep_chunks=on_hopper)
         self._slab, self._slab_used = torch.empty(0, dtype=torch.uint8, device=self.device), 0
 
     def start_libraries(self) -> None:

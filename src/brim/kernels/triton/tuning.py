@@ -61,11 +61,12 @@ CHUNK_ELEMENTS = 128 * 128  # float32 values of the parts of all its programs on
 HOPPER_TILE = AttentionTile(128, 128, 4, 2)  # of `hopper_attention`: warps of each of its two groups
 
 
-def chunk_tile(head_dim: int, group: int, element_bytes: int, max_query_len: int) -> AttentionTile:
-    """Tile of chunk attention: as for prompts, with more tiles ahead, for its contexts are long and its programs few."""
+def chunk_tile(head_dim: int, group: int, element_bytes: int, max_query_len: int, *, deep: bool) -> AttentionTile:
+    """Tile of chunk attention: as for prompts. deep: with more tiles ahead, for its contexts are long and its programs few; they
+    take 129 KiB of shared memory, which not every chip has."""
     tile = prefill_tile(head_dim, group, element_bytes, max_query_len)
-    deep = element_bytes == 2 and next_power_of_2(head_dim) <= 128 and tile.rows >= 64
-    return replace(tile, stages=5) if deep else tile
+    fits = element_bytes == 2 and next_power_of_2(head_dim) <= 128 and tile.rows >= 64
+    return replace(tile, stages=5) if deep and fits else tile
 
 
 def chunk_programs_per_core(rows: int, head_dim: int) -> int:
