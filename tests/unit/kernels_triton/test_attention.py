@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from brim.kernels.base import AttentionBatch
+from brim.kernels.triton.chip import Chip
 from brim.kernels.triton.kernels import TritonKernels
-from brim.kernels.triton.scratch import Scratch
+from brim.kernels.triton.scratch import KernelLimits, Scratch
 
 from .helpers import AttentionShape, assert_attention, attention_case, kernels_for, padded, rows_of
 
@@ -72,3 +75,28 @@ def test_padding_changes_nothing(device: str, query_lens: list[int], chunks: boo
     kernels.attention(q, cache, batch, 0.2, 0.0, out)
     kernels.attention(q, cache, padded(batch, 7), 0.2, 0.0, again)
     torch.testing.assert_close(again, out, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "longest", "expected"),
+    [
+        (4, 4, 1, ["decode"]), (512, 1, 512, ["chunk"]), (300, 9, 200, ["decode", "chunk"]), (513, 1, 513, ["prefill"]),
+        (640, 300, 2, ["decode", "chunk"]), (640, 300, 40, ["decode", "prefill"]),
+    ],
+)  # fmt: skip
+def test_which_kernel_is_taken(tokens: int, seqs: int, longest: int, expected: list[str]) -> None:
+    """By bounds that a start rehearses: a large step of short chunks takes no form that only it would need."""
+    names: list[str] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        names.append(kernel.fn.__name__.removesuffix("_attention_kernel"))
+
+    kernels = TritonKernels("meta", KernelLimits(512, 4, 2, 64, 100), Chip(132, True, True), launch)
+    ints = {"dtype": torch.int32, "device": "meta"}
+    batch = AttentionBatch(
+        torch.empty(seqs, 8, **ints), torch.empty(tokens, device="meta"), torch.empty(seqs + 1, **ints), torch.empty(seqs, **ints),
+        seqs, longest, 4096, 16, 0,
+    )  # fmt: skip
+    q, cache = (torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in ((tokens, 256), (9, 2, 16, 2, 64)))
+    kernels.attention(q, cache, batch, 0.1, 0.0, torch.empty_like(q))
+    assert names == expected

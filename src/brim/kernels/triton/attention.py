@@ -15,6 +15,7 @@ from brim.kernels.triton.prefill_attention import prefill_attention_kernel
 from brim.kernels.triton.scratch import KernelLimits, Scratch
 from brim.kernels.triton.tiles import LOG2_E
 from brim.kernels.triton.tuning import (
+    CHUNK_ROWS,
     CHUNK_TOKENS,
     AttentionTile,
     chunk_programs_per_core,
@@ -63,7 +64,7 @@ class AttentionLauncher:
         if batch.max_query_len > 1:
             chunk = chunk_tile(head_dim, group, size, batch.max_query_len, deep=self.deep_chunks)
             programs = self.chunk_cores * chunk_programs_per_core(chunk.rows, head_dim)
-            if programs and q.shape[0] <= CHUNK_TOKENS:
+            if programs and (q.shape[0] <= CHUNK_TOKENS or batch.max_query_len * group <= CHUNK_ROWS):
                 parts, least = max(1, programs // kv_heads), 2 if decodes else 0
                 self.launch_chunk(q, cache, batch, scale, softcap, out, chunk, parts, least_queries=least)
                 return

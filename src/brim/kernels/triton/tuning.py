@@ -56,7 +56,8 @@ def prefill_tile(head_dim: int, group: int, element_bytes: int, max_query_len: i
 
 
 PREFILL_TILE = AttentionTile(128, 64, 8, 3)
-CHUNK_TOKENS = 512  # steps of at most so many take chunk attention
+CHUNK_TOKENS = 512  # steps of at most so many take chunk attention,
+CHUNK_ROWS = 64  # and larger ones whose sequences all have at most so many packed rows
 CHUNK_ELEMENTS = 128 * 128  # float32 values of the parts of all its programs on a core
 HOPPER_TILE = AttentionTile(128, 128, 4, 2)  # of `hopper_attention`: warps of each of its two groups
 
