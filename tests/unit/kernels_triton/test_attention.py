@@ -94,8 +94,8 @@ def test_which_kernel_is_taken(tokens: int, seqs: int, longest: int, expected: l
     kernels = TritonKernels("meta", KernelLimits(512, 4, 2, 64, 100), Chip(132, True, True), launch)
     ints = {"dtype": torch.int32, "device": "meta"}
     batch = AttentionBatch(
-        torch.empty(seqs, 8, **ints), torch.empty(tokens, device="meta"), torch.empty(seqs + 1, **ints), torch.empty(seqs, **ints),
-        seqs, longest, 4096, 16, 0,
+        torch.empty(seqs, 8, **ints), torch.empty(tokens, device="meta"), torch.empty(seqs + 1, **ints),
+        torch.empty(seqs, **ints), seqs, longest, 4096, 16, 0,
     )  # fmt: skip
     q, cache = (torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in ((tokens, 256), (9, 2, 16, 2, 64)))
     kernels.attention(q, cache, batch, 0.1, 0.0, torch.empty_like(q))
