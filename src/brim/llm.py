@@ -189,6 +189,8 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._front.encode(prompt)
+        if len(prompt) and type(prompt[0]) is int:  # the engine converts them all; those of an array become Python's here
+            return list(prompt)
         return list(map(int, prompt))
 
     def _encode_chat(self, messages: Any) -> list[int]:

@@ -67,6 +67,12 @@ def tokens(llm: LLM, prompts: list[Any] = PROMPTS, params: Any = MIXED) -> list[
 # -- the same tokens
 
 
+def test_the_ids_of_a_prompt_may_lie_in_an_array(llm: LLM) -> None:
+    (listed,), (output,) = tokens(llm, [PROMPTS[0]], [GREEDY]), llm.generate([np.array(PROMPTS[0])], GREEDY)
+    assert output.outputs[0].token_ids == listed
+    assert output.prompt_token_ids == PROMPTS[0] and {type(i) for i in output.prompt_token_ids} == {int}
+
+
 def test_the_tokens_depend_on_their_prompt(expected: list[list[int]]) -> None:
     """Otherwise all of this would prove nothing."""
     assert len({tuple(ids) for ids in expected}) == len(PROMPTS)

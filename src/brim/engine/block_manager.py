@@ -180,7 +180,7 @@ class BlockManager:
         row = sequence.row
         first = sequence.num_slots // self.block_size
         for g, (_, pool, block_table) in self._groups:
-            new = [pool.take() for _ in range(missing)]
+            new = pool.take_many(missing)
             sequence.block_ids[g].extend(new)
             block_table[row, first : first + missing] = new
         sequence.num_slots += missing * self.block_size
@@ -212,9 +212,8 @@ class BlockManager:
             first, last = sequence.first_blocks[g], max(0, sequence.num_settled_tokens - window + 1) // self.block_size
             if last > first:
                 blocks, pool = sequence.block_ids[g], self.pools[g]
-                for index in range(first, last):
-                    pool.release(blocks[index])
-                    blocks[index] = 0
+                pool.release(blocks[first:last])
+                blocks[first:last] = [0] * (last - first)
                 self._groups[g][1][2][sequence.row, first:last] = 0
                 sequence.first_blocks[g] = last
 
@@ -237,9 +236,7 @@ class BlockManager:
     def release(self, row: int) -> None:
         """Give back the blocks that hang on a row, the last first: the tail of a prefix is evicted before its head."""
         for (_, (_, pool, block_table)), blocks in zip(self._groups, self._held.pop(row), strict=True):
-            for block in reversed(blocks):
-                if block:
-                    pool.release(block)
+            pool.release(reversed(blocks))
             block_table[row, : len(blocks)] = 0
 
     def free(self, sequence: Sequence) -> int:

@@ -10,6 +10,7 @@ ids num_blocks .. capacity-1 are uncommitted: given back to the device, for now
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -70,6 +71,14 @@ class BlockPool:
         self._ref_counts[block] = 1
         return block
 
+    def take_many(self, count: int) -> list[int]:
+        """As `take`, so many times."""
+        taken = self._free[: -count - 1 : -1]
+        del self._free[len(self._free) - len(taken) :]
+        for block in taken:
+            self._ref_counts[block] = 1
+        return taken + [self.take() for _ in range(count - len(taken))]
+
     def lookup(self, block_hash: bytes) -> int | None:
         """The block with this content, used or cached."""
         return self._block_of.get(block_hash)
@@ -80,16 +89,21 @@ class BlockPool:
             del self._cached[block]
         self._ref_counts[block] += 1
 
-    def release(self, block: int) -> None:
-        """One sequence less; the last one leaves it cached when hashed, else free."""
-        count = self._ref_counts[block] - 1
-        assert count >= 0 and block > 0, f"block {block} was released twice"
-        self._ref_counts[block] = count
-        if count == 0:
-            if block in self._hash_of:
-                self._cached[block] = None
-            else:
-                self._free.append(block)
+    def release(self, blocks: Iterable[int]) -> None:
+        """One sequence less for each, in this order; the last one leaves a block cached when hashed, else free. Zeros are left
+        out: they stand for no block."""
+        ref_counts, hash_of, free = self._ref_counts, self._hash_of, self._free
+        for block in blocks:
+            if not block:
+                continue
+            count = ref_counts[block] - 1
+            assert count >= 0, f"block {block} was released twice"
+            ref_counts[block] = count
+            if not count:
+                if block in hash_of:
+                    self._cached[block] = None
+                else:
+                    free.append(block)
 
     def register(self, block: int, block_hash: bytes) -> None:
         """The used block now holds this content for good. Where another block does already, this one stays unfindable."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from brim.engine.kv_guard import KVGuard
 from brim.engine.messages import AddRequest, SequenceOutput
-from brim.engine.request_check import check_request
+from brim.engine.request_check import checked_prompt, most_tokens
 from brim.engine.scheduler import Scheduler
 from brim.engine.sequence import Sequence
 from brim.engine.step import Executor, StepPlan, StepResult
@@ -84,13 +84,14 @@ class EngineCore:
             raise RequestError("The engine is shutting down and takes no new requests.")
         if self.scheduler.has_request(request.request_id):
             raise RequestError(f"Request id '{request.request_id}' is in use.", param="request_id")
-        max_total_tokens = check_request(request, self.scheduler.limits, self.scheduler.blocks, self._vocab_size)
+        params, scheduler = request.params, self.scheduler
+        prompt = checked_prompt(request.prompt_ids, self._vocab_size)
+        max_total_tokens = most_tokens(len(prompt), params, scheduler.limits, scheduler.blocks, self._vocab_size)
         number = self._num_requests
         self._num_requests += 1
-        params = request.params
         sequence = Sequence(
             request.request_id,
-            request.prompt_ids,
+            prompt,
             params,
             max_total_tokens=max_total_tokens,
             seed=draw_seed(self._seed, number) if params.seed is None else params.seed,

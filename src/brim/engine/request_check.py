@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 from brim.engine.block_manager import BlockManager
 from brim.engine.limits import EngineLimits
-from brim.engine.messages import AddRequest
+from brim.engine.sampling_params import SamplingParams
 from brim.errors import InvalidParameter, PromptTooLong
 
 
-def check_request(request: AddRequest, limits: EngineLimits, blocks: BlockManager, vocab_size: int) -> int:
+def checked_prompt(ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
+    """The prompt [n] as int64, the one time that it is converted. Raises InvalidParameter."""
+    try:
+        prompt = np.array(ids, dtype=np.int64)
+    except OverflowError as error:
+        raise InvalidParameter(f"A token id is outside the vocabulary (0 to {vocab_size - 1}).", param="prompt") from error
+    except (TypeError, ValueError) as error:
+        raise InvalidParameter(f"The prompt must be a list of token ids: {error}.", param="prompt") from error
+    if not len(prompt):
+        raise InvalidParameter("The prompt is empty: it must have at least one token.", param="prompt")
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        wrong = prompt[(prompt < 0) | (prompt >= vocab_size)][0]
+        raise InvalidParameter(f"Token id {wrong} is outside the vocabulary (0 to {vocab_size - 1}).", param="prompt")
+    return prompt
+
+
+def most_tokens(num_prompt: int, params: SamplingParams, limits: EngineLimits, blocks: BlockManager, vocab_size: int) -> int:
     """The most tokens, prompt included, that the sequence may reach. Raises PromptTooLong or InvalidParameter.
 
     The last token is never computed, so a sequence of n tokens in all needs n - 1 positions in the cache. max_tokens None
     means: as many as context and cache hold.
     """
-    prompt, params = request.prompt_ids, request.params
-    num_prompt = len(prompt)
-    if not num_prompt:
-        raise InvalidParameter("The prompt is empty: it must have at least one token.", param="prompt")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise InvalidParameter(f"Token id {wrong} is outside the vocabulary (0 to {vocab_size - 1}).", param="prompt")
     for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
         wrong_ids = [token for token in ids if token >= vocab_size]
         if wrong_ids:

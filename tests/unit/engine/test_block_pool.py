@@ -20,13 +20,25 @@ def test_lowest_ids_first() -> None:
     assert BlockPool(5).take() == 1
 
 
+def test_many_are_taken_in_the_order_of_one_after_the_other() -> None:
+    pools = BlockPool(8), BlockPool(8)
+    for pool in pools:
+        pool.take_many(7)
+        pool.register(3, b"x")
+        pool.release([5, 3, 6, 0, 2])
+    one, many = pools
+    assert many.take_many(4) == [one.take() for _ in range(4)] == [2, 6, 5, 3]
+    assert many.lookup(b"x") is None and many.take_many(0) == []
+    many.check_integrity(dict.fromkeys(range(1, 8), 1))
+
+
 def test_evicts_the_block_released_longest_ago() -> None:
     pool = BlockPool(4)
     blocks = [pool.take() for _ in range(3)]
     for block in blocks:
         pool.register(block, b"%d" % block)
     for block in (2, 1, 3):
-        pool.release(block)
+        pool.release([block])
     assert pool.counts.cached == 3 and pool.counts.free == 0
     pool.share(2)  # used again: now 1 is the oldest
     assert pool.take() == 1
@@ -38,16 +50,16 @@ def test_second_block_of_equal_content_stays_unfindable() -> None:
     first, second = pool.take(), pool.take()
     pool.register(first, b"x")
     pool.register(second, b"x")
-    pool.release(second)
+    pool.release([second])
     assert pool.lookup(b"x") == first and pool.counts.free == 2
 
 
 def test_releasing_twice_is_caught() -> None:
     pool = BlockPool(3)
     block = pool.take()
-    pool.release(block)
+    pool.release([block])
     with pytest.raises(AssertionError, match="twice"):
-        pool.release(block)
+        pool.release([block])
 
 
 def test_shrink_moves_live_blocks_down_with_their_hash() -> None:
@@ -55,7 +67,7 @@ def test_shrink_moves_live_blocks_down_with_their_hash() -> None:
     blocks = [pool.take() for _ in range(8)]
     pool.register(8, b"top")
     for block in blocks[:6]:
-        pool.release(block)
+        pool.release([block])
     moves = pool.shrink(5)
     assert pool.num_blocks == 5 and {source for source, _ in moves} == {7, 8}
     assert all(target < 5 for _, target in moves)
@@ -68,7 +80,7 @@ def test_shrink_stops_where_live_blocks_do_not_fit() -> None:
     pool = BlockPool(9)
     for _ in range(8):
         pool.take()
-    pool.release(1)
+    pool.release([1])
     assert pool.shrink(3) == [(8, 1)]
     assert pool.num_blocks == 8
     pool.check_integrity(dict.fromkeys(range(1, 8), 1))
@@ -90,13 +102,20 @@ class PoolMachine(RuleBasedStateMachine):
         assert not self.held[block] and block > 0
         self.held[block] = 1
 
+    @rule(most=st.integers(0, 16))
+    def take_many(self, most: int) -> None:
+        count = min(most, self.pool.num_available)
+        blocks = self.pool.take_many(count)
+        assert len(set(blocks)) == count and not any(self.held[block] for block in blocks) and 0 not in blocks
+        self.held.update(blocks)
+
     @precondition(lambda self: +self.held)
-    @rule(pick=st.integers(0, 100))
-    def release(self, pick: int) -> None:
-        blocks = sorted(+self.held)
-        block = blocks[pick % len(blocks)]
-        self.pool.release(block)
-        self.held[block] -= 1
+    @rule(picks=st.lists(st.integers(0, 100), max_size=6))
+    def release(self, picks: list[int]) -> None:
+        held = sorted((+self.held).elements())
+        blocks = [held.pop(pick % len(held)) for pick in picks[: len(held)]]
+        self.pool.release([*blocks, 0])
+        self.held.subtract(blocks)
 
     @precondition(lambda self: +self.held)
     @rule(pick=st.integers(0, 100), known=st.booleans())
