@@ -26,6 +26,7 @@ CHOICES = {
     "early": KernelChoice(dependent_launch=True),
     "fused early": KernelChoice(dependent_launch=True, fused_row=True),
     "hopper early": CHOSEN,
+    "split norm": replace(CHOSEN, split_norm=True),
 }
 LOADS = ((1, 264), (4, 264), (8, 264), (16, 264), (64, 264))
 BLOCK = 16
@@ -81,12 +82,15 @@ class StepModel:
         """The same weights under other kernels."""
         kernels = TritonKernels(self.device, self.limits, CHIP, launch, choice)
         twin = copy.copy(self.model)
-        twin._kernels, twin._fused_rows = kernels, kernels.fused_rows
+        twin._kernels, twin._fused_rows = kernels, kernels.fused_rows(self.model.spec, self.model.dtype)
         twin._segments = tuple(twin._build_segments())
         return twin, kernels
 
-    def step(self, query_len: int, seqs: int, length: int, choice: KernelChoice, launch: Launch) -> Callable[[], None]:
-        """One greedy step of `seqs` sequences with so many new tokens each, that are `length` long after it."""
+    def step(
+        self, query_len: int, seqs: int, length: int, choice: KernelChoice, launch: Launch, *, rotated: bool = False
+    ) -> Callable[[], None]:
+        """One greedy step of `seqs` sequences with so many new tokens each, that are `length` long after it. rotated: rotary
+        embedding inside attention."""
         model, kernels = self.with_choice(choice, launch)
         tokens, device, blocks = seqs * query_len, self.device, -(-length // BLOCK)
         tables = (torch.arange(seqs * blocks, dtype=torch.int32) % self.caches[0].shape[0]).view(seqs, blocks).to(device)
@@ -101,7 +105,7 @@ class StepModel:
         last_rows = (starts[1:] - 1).long()
         floats = torch.zeros(seqs, device=device)
         params = SamplingBatch(floats, rows.int(), floats, floats, rows, rows, all_greedy=True)
-        tensors = StepTensors(ids, positions, [batch], self.caches, self.buffers)
+        tensors = StepTensors(ids, positions, [batch], self.caches, self.buffers, rotated=rotated)
 
         def run() -> None:
             kernels.resolve_ids(ids[:seqs], rows, last)
@@ -125,8 +129,12 @@ def step_cases(name: str, shape: ModelShape, device: str, launch: Launch) -> Ite
         for label, choice in CHOICES.items():
             if seqs > (FEW_ROWS if choice.hopper else 1 if choice.fused_row else seqs):
                 continue  # the same kernels
+            if choice.split_norm and (seqs == 1 or shape.hidden > 2048):
+                continue  # the same kernels
             run = made.step(1, seqs, length, choice, launch)
             case.candidates.append(Candidate(label, [run], made.logits[:seqs], label == "today", choice))
+        run = made.step(1, seqs, length, CHOSEN, launch, rotated=True)
+        case.candidates.append(Candidate("chosen, rotated", [run], made.logits[:seqs], setting=CHOSEN))
         yield case
 
 

@@ -81,8 +81,8 @@ def input_arrays(limits: StepLimits, num_groups: int, block_size: int) -> dict[s
     tokens, seqs = limits.max_num_tokens, limits.max_num_seqs
     blocks = ceil_div(limits.max_model_len, block_size)
     arrays: dict[str, tuple[int, ...]] = {
-        "query_start": (4, seqs + 1),
         "one_each": (4, seqs + 1),
+        "query_start": (4, seqs + 1),
         "seq_lens": (4, seqs),
         "sample_rows": (8, seqs),
         "rows": (8, seqs),

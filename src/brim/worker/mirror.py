@@ -72,10 +72,12 @@ class Mirror:
         if not self._shared:
             self.device[name][:rows].copy_(self._tensors[self._turn][name][:rows], non_blocking=True)
 
-    def upload_span(self, first: str, last: str) -> None:
-        """Queue one copy of everything from array `first` to array `last`, whole."""
+    def upload_span(self, first: str, last: str, rows: int | None = None) -> None:
+        """Queue one copy of everything from array `first` to array `last`, of which only the first `rows` rows where given."""
         if not self._shared:
             start, end = self._ranges[first][0], self._ranges[last][1]
+            if rows is not None:
+                end = self._ranges[last][0] + self.device[last][:rows].nbytes
             self._device[start:end].copy_(self._sets[self._turn][start:end], non_blocking=True)
 
     def download_span(self, first: str, last: str) -> None:

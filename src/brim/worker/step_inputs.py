@@ -73,7 +73,7 @@ class StepInputs:
         self.ids = on_device["ids"]
         self.positions = on_device["positions"]
         self.query_start = on_device["query_start"]
-        self._one_each = on_device["one_each"]
+        self._one_each = torch.arange(limits.max_num_seqs + 1, out=on_device["one_each"])
         self.seq_lens = on_device["seq_lens"]
         self.sample_rows = on_device["sample_rows"]
         self.rows = on_device["rows"]
@@ -91,8 +91,9 @@ class StepInputs:
         """What a StepInputs of these limits holds, without building one."""
         return arrays_bytes(input_arrays(limits, num_groups, block_size))
 
-    def fill(self, step: StepArrays, padded: StepShape | None = None) -> list[AttentionBatch]:
-        """Write one step into the buffers, padded to a shape where one is given; one AttentionBatch a KV group over views."""
+    def fill(self, step: StepArrays, padded: StepShape | None = None, *, rotated: bool = False) -> list[AttentionBatch]:
+        """Write one step into the buffers, padded to a shape where one is given; one AttentionBatch a KV group over views.
+        rotated: without positions and slots, see StepTensors."""
         self._mirror.turn()
         host = self._mirror.host
         num_tokens, num_seqs = step.num_tokens, step.num_seqs
@@ -103,16 +104,11 @@ class StepInputs:
         ends = host["query_start"][1 : num_seqs + 1]
         np.cumsum(lens, out=ends)
         seq_lens = np.add(starts, lens, out=host["seq_lens"][:num_seqs])
-        owner: NDArray[np.int64] | None = None
-        if num_tokens == num_seqs:
-            positions = starts
-        else:
-            owner = np.repeat(np.arange(num_seqs), lens)
-            positions = np.arange(num_tokens) + np.repeat(starts - ends + lens, lens)
-        host["positions"][:num_tokens] = positions
-        self._fill_tables(step, owner, positions, shape)
+        for group, table in enumerate(step.block_tables):
+            host[f"tables_{group}"][:num_seqs, : table.shape[1]] = table
+        if not rotated:
+            self._fill_places(step, starts - ends + lens, shape)
         num_rows = len(step.sample_indices)
-        host["one_each"][: num_rows + 1] = np.arange(num_rows + 1)
         host["sample_rows"][:num_rows] = ends[step.sample_indices] - 1
         host["sample_rows"][num_rows:] = 0  # padding rows are read too: a row that there is
         rows = self._nobody if step.rows is None else step.rows
@@ -120,20 +116,23 @@ class StepInputs:
         host["sampled_rows"][:num_rows] = rows if step.rows is None else step.rows[step.sample_indices]
         if shape.num_seqs > num_seqs:
             self._pad(num_tokens, num_seqs, num_rows, shape)
-        self._upload(num_seqs, shape.num_tokens)
+        self._upload(num_seqs, shape.num_tokens, rotated=rotated)
         return self.batches(
             StepShape(shape.num_tokens, shape.num_seqs, shape.max_query_len, shape.max_seq_len or int(seq_lens.max()))
         )
 
-    def _fill_tables(self, step: StepArrays, owner: NDArray[np.int64] | None, positions: NDArray[Any], shape: StepShape) -> None:
-        """Block tables of each group and where each token's K and V go; owner: the sequence of each token, None: its own."""
-        host, num_tokens, num_seqs = self._mirror.host, step.num_tokens, step.num_seqs
+    def _fill_places(self, step: StepArrays, offsets: NDArray[Any], shape: StepShape) -> None:
+        """Each token's position and where its K and V go. offsets [S]: what a sequence's positions are ahead of its tokens."""
+        host, num_tokens = self._mirror.host, step.num_tokens
+        rows = np.arange(step.num_seqs)
+        if num_tokens != step.num_seqs:
+            rows, offsets = np.repeat(rows, step.query_lens), np.repeat(offsets, step.query_lens)
+        positions = host["positions"][:num_tokens]
+        np.add(np.arange(num_tokens), offsets, out=positions)
         block_size = self._layout.block_size
         block_index, offset = np.divmod(positions, block_size)
-        rows = np.arange(num_seqs) if owner is None else owner
         for group, source in enumerate(step.block_tables):
             slots = host[f"slots_{group}"]
-            host[f"tables_{group}"][:num_seqs, : source.shape[1]] = source
             slots[:num_tokens] = source[rows, block_index].astype(np.int64) * block_size + offset
             slots[num_tokens : shape.num_tokens] = -1
 
@@ -146,13 +145,14 @@ class StepInputs:
         host["rows"][num_seqs : shape.num_seqs] = self._nobody
         host["sampled_rows"][num_rows : shape.num_seqs] = self._nobody
 
-    def _upload(self, num_seqs: int, num_tokens: int) -> None:
+    def _upload(self, num_seqs: int, num_tokens: int, *, rotated: bool) -> None:
         mirror = self._mirror
-        mirror.upload_span("query_start", "sampled_rows")
-        mirror.upload("ids", num_tokens)
-        mirror.upload("positions", num_tokens)
+        mirror.upload_span("query_start", "ids", num_tokens)  # copies take longer to start than to move so little
+        if not rotated:
+            mirror.upload("positions", num_tokens)
         for group in range(len(self.slot_mappings)):
-            mirror.upload(f"slots_{group}", num_tokens)
+            if not rotated:
+                mirror.upload(f"slots_{group}", num_tokens)
             mirror.upload(f"tables_{group}", num_seqs)
 
     def last_tokens(self, num_seqs: int, max_seq_len: int) -> list[AttentionBatch]:

@@ -5,6 +5,10 @@ sequence is thereby spread over many programs and several short ones share one, 
 crosses a border its parts go to scratch, at most two a program, and the program that finishes last puts them together. While
 there is little work and programs enough, every sequence begins a share: two in a program cost more than an idle program.
 Sequences with more than one new token count no tiles here: prefill attention owns them.
+
+In a step of decodes alone the kernel takes the product of q, k and v as it is (ROTATED): every program turns the queries it
+needs, and the one that has a sequence's last tile adds the new key from registers and writes it and its value to the cache. No
+kernel of its own is left for that, and no cached key waits for it.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -67,15 +71,18 @@ def _attend(
     q, cache, table, length, begin, stop, inner, outer,
     stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """The running sums of tiles begin..stop of one sequence."""
+    """The running sums of tiles begin..stop of one sequence; ROTATED: without its new key, which the cache does not hold yet."""
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    cached = length
+    if ROTATED:
+        cached = length - 1
     for tile in tl.range(begin, stop):
         keys = tile * KEYS + tl.arange(0, KEYS)
-        visible = keys < length
+        visible = keys < cached
         if WINDOW:
             visible = visible & (keys >= length - WINDOW)
         at = tile_pointers(cache, table, keys, visible, stride_block, stride_token, BLOCK_SIZE, D_PAD, True)
@@ -85,6 +92,50 @@ def _attend(
         scores = tl.where(visible[None, :], scores, float("-inf"))
         acc, top, total = softmax_step(scores, v, acc, top, total, True)
     return acc, top, total
+
+
+@triton.jit
+def _turned(rows, inside, cos_sin, norm, eps, D: tl.constexpr, D_PAD: tl.constexpr, NORMED: tl.constexpr):
+    """Heads [rows, D] at the addresses `rows` [rows, 1], normed where asked, turned by the angles at cos_sin, rounded. As
+    `rope_and_cache_kernel` does it, with both halves of a head in one row."""
+    col = tl.arange(0, D_PAD)
+    other = tl.where(col < D // 2, col + D // 2, col - D // 2)
+    x = tl.load(rows + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(rows + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORMED:
+        factor = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps))[:, None]
+        x = x * factor * tl.load(norm + col, mask=col < D, other=0.0)[None, :]
+        y = y * factor * tl.load(norm + other, mask=col < D, other=0.0)[None, :]
+    angle = tl.where(col < D // 2, col, other)
+    cos = tl.load(cos_sin + angle, mask=col < D, other=0.0)
+    sin = tl.load(cos_sin + D // 2 + angle, mask=col < D, other=0.0)
+    turned = x * cos[None, :] + y * tl.where(col < D // 2, -sin, sin)[None, :]
+    return turned.to(rows.dtype.element_ty)
+
+
+@triton.jit
+def _add_key(q, k, v, acc, top, total, inner, outer, SOFTCAP: tl.constexpr):
+    """Fold one key and value [1, D_PAD] into the running sums."""
+    scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
+    if SOFTCAP:
+        scores = 2.0 / (1.0 + tl.exp(-2.0 * inner * scores)) - 1.0
+    scores *= outer
+    new_top = tl.maximum(top, scores)
+    weights, shrink = tl.exp2(scores - new_top), tl.exp2(top - new_top)
+    acc = acc * shrink[:, None] + weights.to(v.dtype).to(tl.float32)[:, None] * v.to(tl.float32)
+    return acc, new_top, total * shrink + weights
+
+
+@triton.jit
+def _write(
+    cache, table, position, k, v, written, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """A key and its value [1, D_PAD] to their place in the cache."""
+    block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+    at = cache + block * stride_block + position % BLOCK_SIZE * stride_token + tl.arange(0, D_PAD)[None, :]
+    tl.store(at, k.to(cache.dtype.element_ty), mask=written)
+    tl.store(at + stride_kv, v.to(cache.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -135,6 +186,31 @@ def _combine(
 
 
 @triton.jit
+def _finish(
+    acc, top, total, to, inside, sums, stats, arrival, part, head, before, count, share,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a sequence's tiles, `count` after `before` on the line, of which this program summed its own; to: [G, D]
+    of out; arrival: counts the sequence's parts."""
+    first_part = before // share
+    parts = (before + count - 1) // share - first_part + 1
+    if parts == 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        cell = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, D_PAD)[None, :]
+        tl.store(to + cell, acc.to(to.dtype.element_ty), mask=inside)
+    else:
+        slot = (part * 2 + (before > part * share).to(tl.int32)) * KV_HEADS + head
+        _store_part(acc, top, total, sums, stats, slot, GROUP, D, D_PAD, ROWS)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        arrived = tl.atomic_add(arrival, 1, sem="acq_rel")
+        if arrived == parts - 1:
+            starts_inside = (before > first_part * share).to(tl.int32)
+            _combine(sums, stats, to, first_part, starts_inside, parts, head, KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, TOGETHER)
+            tl.store(arrival, 0)
+
+
+@triton.jit
 def _ask_ahead(
     cache, tables, seq_lens, seq, tile, wanted, stride_table, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
@@ -155,21 +231,22 @@ def _ask_ahead(
 
 @triton.jit(do_not_specialize=["num_seqs", "stride_table"], do_not_specialize_on_alignment=["tables", "query_start", "seq_lens"])
 def decode_attention_kernel(
-    q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, inner, outer, num_seqs,
-    stride_q, stride_out, stride_table, stride_block, stride_kv: tl.constexpr,
+    q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, cos_sin, q_norm, k_norm, inner, outer, eps, num_seqs,
+    stride_q, stride_out, stride_table, stride_angles, stride_block, stride_kv: tl.constexpr,
     stride_token: tl.constexpr, stride_head: tl.constexpr,
     PARTS: tl.constexpr, SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOGETHER: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr = False,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, NORMED: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (PARTS * KV_HEADS): neighbours take the heads of the same share, whose rows of the cache lie side by side. Lengths
-    are the step's input, which no kernel writes: the work is cut before the wait."""
+    are the step's input, which no kernel writes: the work is cut before the wait. ROTATED: q is the product of q, k and v, and
+    every sequence with a length has one new token, at its end."""
     let_next_start(PDL)
     head, part = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     share, apart, tile, stop, seq, before = _cut(query_start, seq_lens, num_seqs, part, PARTS, SEQS_PAD, KEYS, WINDOW)
     row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     inside = (row < GROUP)[:, None] & (col < D)[None, :]
-    cell = row[:, None] * D + col[None, :]
     if PDL:
         _ask_ahead(
             cache + head * stride_head, tables, seq_lens, seq, tile - before, tile < stop, stride_table, stride_block, stride_kv,
@@ -184,27 +261,32 @@ def decode_attention_kernel(
         here = tl.minimum(stop, before + count)
         if here > tile:
             offset = _first_tile(length, KEYS, WINDOW) - before
-            group = tl.load(q + token * stride_q + head * (GROUP * D) + cell, mask=inside, other=0.0)
-            acc, top, total = _attend(
-                group, cache + head * stride_head, tables + seq.to(tl.int64) * stride_table, length, offset + tile,
-                offset + tl.minimum(here, before + real_count), inner, outer, stride_block, stride_kv, stride_token,
-                D, D_PAD, ROWS, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
-            )  # fmt: skip
+            table = tables + seq.to(tl.int64) * stride_table
+            rows = q + token * stride_q + head * (GROUP * D)
             to = out + token * stride_out + head * (GROUP * D)
-            first_part = before // share
-            parts = (before + count - 1) // share - first_part + 1
-            if parts == 1:
-                acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-                tl.store(to + cell, acc.to(out.dtype.element_ty), mask=inside)
+            if ROTATED:
+                last = tl.maximum(length - 1, 0)
+                angles = cos_sin + last.to(tl.int64) * stride_angles
+                group = _turned(rows + row[:, None] * D, inside, angles, q_norm, eps, D, D_PAD, NORMED)
+                ends = (length > 0) & (tile < before + real_count) & (here >= before + real_count)
+                new = q + token * stride_q + (KV_HEADS * GROUP + head + tl.arange(0, 1)[:, None]) * D
+                written = ends & (col < D)[None, :]
+                k = _turned(new, written, angles, k_norm, eps, D, D_PAD, NORMED)
+                v = tl.load(new + KV_HEADS * D + col[None, :], mask=written, other=0.0)
             else:
-                slot = (part * 2 + (before > part * share).to(tl.int32)) * KV_HEADS + head
-                _store_part(acc, top, total, sums, stats, slot, GROUP, D, D_PAD, ROWS)
-                tl.debug_barrier()  # all of this program's stores come before its arrival
-                arrived = tl.atomic_add(arrivals + seq * KV_HEADS + head, 1, sem="acq_rel")
-                if arrived == parts - 1:
-                    starts_inside = (before > first_part * share).to(tl.int32)
-                    _combine(
-                        sums, stats, to, first_part, starts_inside, parts, head, KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, TOGETHER
-                    )
-                    tl.store(arrivals + seq * KV_HEADS + head, 0)
+                group = tl.load(rows + row[:, None] * D + col[None, :], mask=inside, other=0.0)
+            acc, top, total = _attend(
+                group, cache + head * stride_head, table, length, offset + tile,
+                offset + tl.minimum(here, before + real_count), inner, outer, stride_block, stride_kv, stride_token,
+                D, D_PAD, ROWS, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP, ROTATED,
+            )  # fmt: skip
+            if ROTATED:  # noqa: SIM102  (one is known to the compiler)
+                if ends:
+                    acc, top, total = _add_key(group, k, v, acc, top, total, inner, outer, SOFTCAP)
+                    at = cache + head * stride_head
+                    _write(at, table, last, k, v, written, stride_block, stride_kv, stride_token, D_PAD, BLOCK_SIZE)
+            _finish(
+                acc, top, total, to, inside, sums, stats, arrivals + seq * KV_HEADS + head, part, head, before, count, share,
+                KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, ROWS, TOGETHER,
+            )  # fmt: skip
         tile, before, seq = here, before + count, seq + 1
