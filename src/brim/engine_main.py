@@ -10,7 +10,7 @@ from brim.importing import begin_driver, collector_at_rest
 def main() -> int:
     """Serve the engine that `runtime` builds until told to stop."""
     begin_driver()
-    with collector_at_rest():
+    with collector_at_rest(for_good=True):
         from brim.engine.engine_process import run_engine_process
         from brim.runtime import build_engine_core
     return run_engine_process(build_engine_core)

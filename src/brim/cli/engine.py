@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from brim.cli.options import build_config, settings_of
 from brim.cli.progress import ProgressLine
-from brim.importing import begin_driver
+from brim.importing import begin_driver, collector_at_rest
 
 if TYPE_CHECKING:
     from brim.llm import LLM
@@ -23,7 +23,8 @@ def open_llm(
     """
     config = build_config(model, settings)
     begin_driver()
-    from brim import LLM
+    with collector_at_rest(for_good=True):
+        from brim import LLM
 
     with ProgressLine(quiet=quiet) as progress:
         return LLM(config.model.model, on_progress=progress, **{**(defaults or {}), **settings_of(config)})

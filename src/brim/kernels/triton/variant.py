@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,22 +87,32 @@ class VariantList:
     target: GPUTarget
     variants: set[Variant] = field(default_factory=set)
     _binders: dict[Any, Any] = field(default_factory=dict)
+    _known: dict[Hashable, Variant] = field(default_factory=dict)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        """See `triton.runtime.jit.JITFunction.run`, whose first half this is."""
+        """See `triton.runtime.jit.JITFunction.run`, whose first half this is; it tells launches apart by the same key."""
         backend = make_backend(self.target)
-        if kernel not in self._binders:
-            self._binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        if kernel.fn not in self._binders:
+            self._binders[kernel.fn] = create_function_from_signature(kernel.signature, kernel.params, backend)
         options["debug"] = options.get("debug", kernel.debug) or knobs.runtime.debug
         options["instrumentation_mode"] = knobs.compilation.instrumentation_mode
-        bound, specialization, launch_options = self._binders[kernel](*arguments, **options)
-        _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, launch_options)
-        stored = {
-            "module": kernel.module,
-            "kernel": kernel.fn.__name__,
-            "signature": signature,
-            "constants": list(constants.items()),
-            "attributes": list(attributes.items()),
-            "options": launch_options,
-        }
-        self.variants.add(Variant(json.dumps(stored)))
+        bound, specialization, launch_options = self._binders[kernel.fn](*arguments, **options)
+        key = (kernel.fn, tuple(specialization), str(launch_options))
+        if key not in self._known:
+            packed = kernel._pack_args(backend, options, bound, specialization, launch_options)
+            self._known[key] = _variant_of(kernel, launch_options, packed)
+        self.variants.add(self._known[key])
+
+
+def _variant_of(kernel: Any, launch_options: dict[str, Any], packed: tuple[Any, ...]) -> Variant:
+    """packed: what `JITFunction._pack_args` makes of a launch."""
+    _, signature, constants, attributes = packed
+    stored = {
+        "module": kernel.module,
+        "kernel": kernel.fn.__name__,
+        "signature": signature,
+        "constants": list(constants.items()),
+        "attributes": list(attributes.items()),
+        "options": launch_options,
+    }
+    return Variant(json.dumps(stored))
