@@ -8,6 +8,8 @@ import pytest
 import torch
 from tests.unit.kernels_triton.helpers import AttentionShape, assert_attention, assert_close, attention_case, rows_of
 
+from brim.config.model_spec import spec_from_hf_config
+from brim.kernels.base import FoldedNorm
 from brim.kernels.torch_ref import TorchKernels
 from brim.kernels.triton.choice import CHOSEN, KernelChoice
 from brim.kernels.triton.kernels import TritonKernels
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.device, pytest.mark.skipif(not torch.cuda.is_available
 DEVICE, BF16 = "cuda", torch.bfloat16
 LLAMA_8B = AttentionShape([], [], 32, 8, 128)
 QWEN_06B = AttentionShape([], [], 16, 8, 128)
-FUSED = [replace(CHOSEN, dependent_launch=False), CHOSEN]
+FUSED = [replace(CHOSEN, dependent_launch=False), CHOSEN, replace(CHOSEN, split_norm=True)]
 SIZES = [(4096, 1024, 3072), (6144, 4096, 14336)]  # qkv, hidden, intermediate
 
 
@@ -30,7 +32,7 @@ def kernels_of(choice: KernelChoice, shape: AttentionShape = LLAMA_8B, vocab: in
     return TritonKernels(DEVICE, KernelLimits(256, shape.heads, shape.kv_heads, shape.head_dim, vocab), choice=choice)
 
 
-@pytest.mark.parametrize("choice", FUSED, ids=("in order", "early"))
+@pytest.mark.parametrize("choice", FUSED, ids=("in order", "early", "split norm"))
 @pytest.mark.parametrize("sizes", SIZES, ids=("0.6b", "8b"))
 @pytest.mark.parametrize("rows", [1, 2, 8, 13, 16, 17])
 def test_a_layer_of_products(rows: int, sizes: tuple[int, int, int], choice: KernelChoice) -> None:
@@ -42,6 +44,10 @@ def test_a_layer_of_products(rows: int, sizes: tuple[int, int, int], choice: Ker
     for name, size in shapes.items():
         weights[name] = ours.new_linear(*size, BF16)
         weights[name].load_rows(0, torch.randn(*size, device=DEVICE) * 0.5 * size[1] ** -0.5)
+    spec = spec_from_hf_config(
+        {"model_type": "llama", "vocab_size": 100, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1,
+         "num_attention_heads": qkv_size // 128, "head_dim": 128, "max_position_embeddings": 64}
+    )  # fmt: skip
     norm = torch.rand(hidden, device=DEVICE) + 0.5
     start = rows_of(rows, hidden, BF16, DEVICE)
     residual, qkv, active = start.clone(), *(rows_of(rows, n, BF16, DEVICE, fill=float("nan")) for n in (qkv_size, inner))
@@ -59,13 +65,17 @@ def test_a_layer_of_products(rows: int, sizes: tuple[int, int, int], choice: Ker
             ours.linear(active, weights["down"], product)
             residual.add_(product)
 
-    def one_row() -> None:
+    def fused() -> None:
         residual.copy_(start)
-        for _ in range(4):
-            ours.norm_linear(residual, norm, 1e-6, weights["qkv"], qkv)
-            ours.add_linear(qkv, weights["out"], residual)
-            ours.norm_gated_linear(residual, norm, 1e-6, weights["gate_up"], "silu", active)
-            ours.add_linear(active, weights["down"], residual)
+        folded = FoldedNorm(residual, norm, 1e-6, hidden_rows)
+        ours.rms_norm(residual, norm, 1e-6, hidden_rows)
+        ours.linear(hidden_rows, weights["qkv"], qkv)
+        for layer in range(4):
+            ours.add_linear(qkv, weights["out"], folded)
+            ours.norm_gated_linear(folded, weights["gate_up"], "silu", active)
+            ours.add_linear(active, weights["down"], folded)
+            if layer < 3:
+                ours.norm_linear(folded, weights["qkv"], qkv)
 
     theirs, activated = torch.empty_like(qkv), torch.empty_like(active)
     for _ in range(4):
@@ -78,7 +88,7 @@ def test_a_layer_of_products(rows: int, sizes: tuple[int, int, int], choice: Ker
         reference.gated_activation(gate_up, activated, "silu")
         reference.linear(activated, weights["down"], product)
         expected += product
-    layers = one_row if rows <= ours.fused_rows else few_rows
+    layers = fused if rows <= ours.fused_rows(spec, BF16) else few_rows
     layers()
     assert_close(residual, expected, 0.03)
     first = residual.clone()

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from brim.config.model_spec import ModelSpec
 from brim.formats.ggml_type import GGMLType
 from brim.kernels.rehearsal import Rehearsal
 
@@ -97,6 +98,17 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldedNorm:
+    """An RMS norm without a pass of its own, between `add_linear`, which adds to residual [T, N], and the product that reads it
+    next. weight [N] f32; hidden [T, N], of the residual's dtype: what the first leaves to the second there is theirs alone."""
+
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """Per-row sampling parameters [R]; views of static input buffers.
 
@@ -131,7 +143,11 @@ class Kernels(ABC):
     block_types: frozenset[GGMLType] = frozenset()  # quantised weights that are multiplied as they are, see `new_stored_linear`
     byte_products: str = ""  # what multiplies their bytes, for reports
     rotates_decodes: bool = False  # steps of one new token a sequence take rotated_attention
-    fused_rows: int = 0  # steps of at most so many tokens take norm_linear, norm_gated_linear and add_linear where they can
+
+    def fused_rows(self, spec: ModelSpec, dtype: torch.dtype) -> int:
+        """Steps of at most so many tokens take norm_linear, norm_gated_linear and add_linear. For models without biases and
+        sandwich norms."""
+        return 0
 
     @property
     def scratch_bytes(self) -> int:
@@ -214,18 +230,18 @@ class Kernels(ABC):
         """out[R, N] = x[rows[R] int64]."""
 
     # products with their neighbours, for at most fused_rows rows; without biases
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, out: Tensor) -> None:
-        """out[T, N] = rms_norm(x[T, K], norm[K] f32, eps) @ weight.T, the normed row rounded to x's dtype as rms_norm would."""
+    def add_linear(self, x: Tensor, weight: LinearWeight, norm: FoldedNorm) -> None:
+        """norm.residual[T, N] += x[T, K] @ weight.T, the sum made in float32 and rounded once."""
         raise NotImplementedError(f"{self.name} kernels fuse no products")
 
-    def norm_gated_linear(
-        self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, activation: Activation, out: Tensor
-    ) -> None:
-        """out[T, N] = act(gate) * up, where gate and up are the halves of rms_norm(x[T, K]) @ weight[2N, K].T in float32."""
+    def norm_linear(self, norm: FoldedNorm, weight: LinearWeight, out: Tensor) -> None:
+        """out[T, N] = rms_norm(norm.residual[T, K]) @ weight.T, the normed rows rounded at most once. For several rows the call
+        just before is add_linear with this norm."""
         raise NotImplementedError(f"{self.name} kernels fuse no products")
 
-    def add_linear(self, x: Tensor, weight: LinearWeight, residual: Tensor) -> None:
-        """residual[T, N] += x[T, K] @ weight.T, the sum made in float32 and rounded once."""
+    def norm_gated_linear(self, norm: FoldedNorm, weight: LinearWeight, activation: Activation, out: Tensor) -> None:
+        """out[T, N] = act(gate) * up, where gate and up are the halves of rms_norm(norm.residual[T, K]) @ weight[2N, K].T in
+        float32. See norm_linear."""
         raise NotImplementedError(f"{self.name} kernels fuse no products")
 
     # tokens that the host does not know yet

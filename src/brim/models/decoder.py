@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from brim.config.model_spec import ModelSpec, RopeSpec
-from brim.kernels.base import Kernels, Rotation
+from brim.kernels.base import FoldedNorm, Kernels, Rotation
 from brim.layers.rotary import cos_sin_table
 from brim.layers.weights import NO_BLOCKS, DecoderWeights, KeptBlocks, LayerWeights, allocate_weights, weights_num_bytes
 from brim.memory.step_memory import decoder_widths
@@ -55,7 +55,7 @@ class DecoderModel(Model):
         has_full = "full" in spec.layer_kinds
         self._layer_groups = [1 if kind == "sliding" and has_full else 0 for kind in spec.layer_kinds]
         self._query_width = spec.num_heads * spec.head_dim
-        self._fused_rows = kernels.fused_rows if _can_fuse(spec) else 0
+        self._fused_rows = kernels.fused_rows(spec, dtype) if _can_fuse(spec) else 0
         self._segments: tuple[Segment, ...] = tuple(self._build_segments())
 
     def _layer_ropes(self) -> list[RopeSpec]:
@@ -98,15 +98,16 @@ class DecoderModel(Model):
         residual = step.buffers["residual"][:num_tokens]
         hidden = step.buffers["hidden"][:num_tokens]
         self._kernels.embed(step.ids, self.weights.embedding, self.spec.embedding_scale, residual)
-        if num_tokens <= self._fused_rows:
-            self._norm_and_qkv(0, step, residual)
+        norm, eps = self.weights.layers[0].input_norm, self.spec.rms_norm_eps
+        if num_tokens == 1 and self._fused_rows:  # several rows would need a product before their norm
+            self._norm_and_qkv(0, step, FoldedNorm(residual, norm, eps, hidden))
             return
-        self._kernels.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_norm_eps, hidden)
+        self._kernels.rms_norm(residual, norm, eps, hidden)
         self._before_attention(0, step, hidden)
 
-    def _norm_and_qkv(self, index: int, step: StepTensors, residual: Tensor) -> None:
-        layer, qkv = self.weights.layers[index], step.buffers["qkv"][: residual.shape[0]]
-        self._kernels.norm_linear(residual, layer.input_norm, self.spec.rms_norm_eps, layer.qkv, qkv)
+    def _norm_and_qkv(self, index: int, step: StepTensors, norm: FoldedNorm) -> None:
+        qkv = step.buffers["qkv"][: norm.residual.shape[0]]
+        self._kernels.norm_linear(norm, self.weights.layers[index].qkv, qkv)
         self._rope_and_cache(index, step, qkv)
 
     def _before_attention(self, index: int, step: StepTensors, hidden: Tensor) -> None:
@@ -160,11 +161,12 @@ class DecoderModel(Model):
         residual, hidden = step.buffers["residual"][:num_tokens], step.buffers["hidden"][:num_tokens]
         next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
         if num_tokens <= self._fused_rows:
-            self._fused_after_attention(step, layer, attended, residual)
+            mlp, following = (FoldedNorm(residual, weight, eps, hidden) for weight in (layer.mlp_norm, next_norm))
+            self._fused_after_attention(step, layer, attended, mlp, following)
             if is_last:
                 kernels.rms_norm(residual, next_norm, eps, hidden)
             else:
-                self._norm_and_qkv(index + 1, step, residual)
+                self._norm_and_qkv(index + 1, step, following)
             return
         kernels.linear(attended, layer.output, hidden, layer.output_bias)
         kernels.add_rms_norm(hidden, residual, layer.mlp_norm, eps, hidden, layer.post_attention_norm)
@@ -194,15 +196,15 @@ class DecoderModel(Model):
             residual[:num_rows].copy_(moved)
         return kept
 
-    def _fused_after_attention(self, step: StepTensors, layer: LayerWeights, attended: Tensor, residual: Tensor) -> None:
+    def _fused_after_attention(
+        self, step: StepTensors, layer: LayerWeights, attended: Tensor, mlp: FoldedNorm, following: FoldedNorm
+    ) -> None:
         """Output projection and MLP of a small step: norms, activation and sums are part of the products."""
-        kernels, num_tokens = self._kernels, residual.shape[0]
-        activated = step.buffers["gate_up"][:num_tokens, : self.spec.intermediate_size]
-        kernels.add_linear(attended, layer.output, residual)
-        kernels.norm_gated_linear(
-            residual, layer.mlp_norm, self.spec.rms_norm_eps, layer.gate_up, self.spec.activation, activated
-        )
-        kernels.add_linear(activated, layer.down, residual)
+        kernels = self._kernels
+        activated = step.buffers["gate_up"][: attended.shape[0], : self.spec.intermediate_size]
+        kernels.add_linear(attended, layer.output, mlp)
+        kernels.norm_gated_linear(mlp, layer.gate_up, self.spec.activation, activated)
+        kernels.add_linear(activated, layer.down, following)
 
     def _mlp(self, step: StepTensors, layer: LayerWeights, hidden: Tensor) -> None:
         kernels = self._kernels

@@ -28,8 +28,8 @@ def _seed() -> None:
 
 
 def products_of(machine: Machine, num_cores: int, tile: HopperProductTile = TILE) -> HopperProducts:
-    sums = torch.full((num_cores * 2 * 64 * FEW_ROWS,), NAN)
-    return HopperProducts(machine.launch, num_cores, sums, torch.zeros(num_cores, dtype=torch.int32), tile)
+    sums, squares = torch.full((num_cores * 2 * 64 * FEW_ROWS,), NAN), torch.full((FEW_ROWS * 32,), NAN)
+    return HopperProducts(machine.launch, num_cores, sums, torch.zeros(num_cores, dtype=torch.int32), squares, tile)
 
 
 def multiply(
@@ -71,6 +71,37 @@ def test_in_any_order_of_copies_and_programs(seed: int) -> None:
     assert_close(out, expected)
 
 
+def add(
+    machine: Machine, size: tuple[int, int, int], num_cores: int = 3, tile: HopperProductTile = TILE
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The residual that a product was added to, that times a norm's weights, and the mean of its squares; and what is right."""
+    rows, cols, depth = size
+    x, residual = rows_of(rows, depth, torch.bfloat16, "cpu", pad=8), rows_of(rows, cols, torch.bfloat16, "cpu", pad=16)
+    matrix, norm = rows_of(cols, depth, torch.bfloat16, "cpu") * depth**-0.5, torch.rand(cols) + 0.5
+    out, products = rows_of(rows, cols, torch.bfloat16, "cpu", pad=8, fill=NAN), products_of(machine, num_cores, tile)
+    expected = (residual.float() + x.float() @ matrix.float().t()).bfloat16()
+    products.launch_added(x, matrix, residual, norm, out)
+    assert not products.arrivals.any()
+    squares = products.squares_of(cols)[:rows].sum(1, keepdim=True) / cols
+    return (residual, out, squares), (expected, residual.float() * norm, residual.float().pow(2).mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("num_cores", [1, 3, 7])
+@pytest.mark.parametrize("size", [(8, 256, 320), (3, 200, 136), (13, 64, 512), (16, 2048, 64)], ids=str)
+def test_sum_with_the_residual_and_half_a_norm(size: tuple[int, int, int], num_cores: int) -> None:
+    for found, expected in zip(*add(Machine(SOURCE, seed=num_cores), size, num_cores), strict=True):
+        assert_close(found, expected, 1e-5 if found.dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_half_a_norm_in_any_order_of_copies_and_programs(seed: int) -> None:
+    first = add(Machine(SOURCE, seed), (6, 192, 640), 5, replace(TILE, stages=2 + seed % 3))
+    torch.manual_seed(0)
+    again = add(Machine(SOURCE, seed + 1), (6, 192, 640), 5)
+    assert_close(first[0][0], first[1][0])
+    assert all(torch.equal(one, other) for one, other in zip(first[0], again[0], strict=True))
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     matrix, x = rows_of(128, 448, torch.bfloat16, "cpu"), rows_of(16, 448, torch.bfloat16, "cpu")
     results = []
@@ -83,7 +114,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 def test_what_it_is_not_written_for() -> None:
-    products = HopperProducts(launch_now, 1, torch.empty(0), torch.empty(0))
+    products = HopperProducts(launch_now, 1, *(torch.empty(0) for _ in range(3)))
     x, matrix, out = (torch.empty(4, 64, dtype=torch.bfloat16) for _ in range(3))
     assert products.suits(x, matrix, out)
     assert not products.suits(torch.empty(FEW_ROWS + 1, 64, dtype=torch.bfloat16), matrix, out)
@@ -108,16 +139,33 @@ FAULTS = {  # what is done to the source
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FAULTS_OF_SUMS = {
+    "the residual is not read": ("before.to(gl.float32) + ", ""),
+    "the residual is not written": ("gl.store(residual +", "(lambda *args, **kwargs: None)(residual +"),
+    "squares of what is not rounded": ("total = rounded.to(gl.float32)", "total = before + gl.convert_layout(values, PLAIN)"),
+    "squares lie elsewhere": ("// TILE) + tile", "// TILE)"),
+    "squares of one row": ("gl.sum(total * total, axis=0)", "gl.sum(total * total, axis=0)[:1]"),
+    "neighbours of another block": (
+        "before, weight = _neighbours(residual, norm, tile,",
+        "before, weight = _neighbours(residual, norm, 0,",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_SUMS])
 def test_the_model_finds(fault: str) -> None:
     """In one of a few orders: the kernel's own tests would fail with it."""
-    before, after = FAULTS[fault]
+    before, after = {**FAULTS, **FAULTS_OF_SUMS}[fault]
     assert before in SOURCE.read_text()
     for seed in range(8):
         machine = Machine(SOURCE, seed, lambda source: source.replace(before, after))
         try:
-            out, expected = multiply(machine, (6, 256, 640), 3, replace(TILE, together=1))
-            assert_close(out, expected)
+            if fault in FAULTS:
+                out, expected = multiply(machine, (6, 256, 640), 3, replace(TILE, together=1))
+                assert_close(out, expected)
+            else:
+                for found, right in zip(*add(machine, (6, 256, 640)), strict=True):
+                    assert_close(found, right, 1e-5 if found.dtype == torch.float32 else None)
         except (GluonFault, AssertionError):
             return
     pytest.fail("the model found nothing")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brim.kernels.base import Activation, Kernels
+from brim.kernels.base import Activation, FoldedNorm, Kernels
 from brim.kernels.torch_ref import TorchKernels
 from brim.kernels.triton.chip import Chip
 from brim.kernels.triton.choice import KernelChoice
@@ -54,7 +54,7 @@ def test_norm_and_product(device: str, out_features: int, in_features: int, dtyp
     x, norm = rows_of(1, in_features, dtype, device, pad=8), torch.rand(in_features, device=device) + 0.5
     out = rows_of(1, out_features, dtype, device, pad=4, fill=NAN)
     expected = torch.empty(1, out_features, device=device)
-    ours.norm_linear(x, norm, 1e-6, weight, out)
+    ours.norm_linear(FoldedNorm(x, norm, 1e-6, x), weight, out)
     reference.linear(expected_norm(x, norm), plain, expected)
     assert_close(out, expected, 1e-5 if dtype == torch.float32 else 2e-3)
 
@@ -66,7 +66,7 @@ def test_norm_product_and_activation(device: str, activation: Activation) -> Non
     x, norm = rows_of(1, 72, HALF, device), torch.rand(72, device=device) + 0.5
     out = rows_of(1, 40, HALF, device, pad=40, fill=NAN)
     gate_up, expected = torch.empty(1, 80, device=device), torch.empty(1, 40, device=device)
-    ours.norm_gated_linear(x, norm, 1e-6, weight, activation, out)
+    ours.norm_gated_linear(FoldedNorm(x, norm, 1e-6, x), weight, activation, out)
     reference.linear(expected_norm(x, norm), plain, gate_up)
     reference.gated_activation(gate_up, expected, activation)
     assert_close(out, expected, 2e-3)
@@ -78,7 +78,7 @@ def test_sum_with_the_residual(device: str) -> None:
     product = torch.empty(1, 24, device=device)
     reference.linear(x.float(), plain, product)
     expected = residual.float() + product
-    ours.add_linear(x, weight, residual)
+    ours.add_linear(x, weight, FoldedNorm(residual, residual, 0.0, residual))
     assert_close(residual, expected, 2e-3)
 
 
@@ -105,6 +105,27 @@ def test_few_rows(device: str, rows: int, cols: int, depth: int, activation: Act
         reference.gated_activation(product, expected, activation)
     tile = product_tile(rows, cols, depth, gated=activation is not None)
     ProductLauncher(launch_now).launch(x, weight.storage, out, tile, activation=activation)
+    assert_close(out, expected, 4e-3)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # infinity is what is meant
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("rows", "depth"), [(2, 64), (7, 328), (16, 1024)])
+def test_few_rows_divided_by_their_root_mean_square(device: str, rows: int, depth: int, activation: Activation | None) -> None:
+    """The second half of a norm: x is weighed by the first, which left parts of its sums of squares too."""
+    (_, weight), (reference, plain) = both(device, 48 * (2 if activation else 1), depth, HALF)
+    x, norm = rows_of(rows, depth, HALF, device, pad=8), torch.rand(depth, device=device) + 0.5
+    squares = torch.full((rows, -(-depth // 64)), NAN, device=device)
+    for part in range(squares.shape[1]):
+        squares[:, part] = x[:, part * 64 : part * 64 + 64].float().pow(2).sum(1)
+    out, product = rows_of(rows, 48, HALF, device, fill=NAN), torch.empty(rows, weight.storage.shape[0], device=device)
+    reference.linear(expected_norm(x, norm), plain, product)
+    expected = product
+    if activation:
+        expected = torch.empty(rows, 48, device=device)
+        reference.gated_activation(product, expected, activation)
+    tile, weighed = product_tile(rows, 48, depth, gated=activation is not None), (x * norm).to(HALF)
+    ProductLauncher(launch_now).launch(weighed, weight.storage, out, tile, squares=squares, eps=1e-6, activation=activation)
     assert_close(out, expected, 4e-3)
 
 

@@ -13,11 +13,13 @@ class KernelChoice:
     """dependent_launch: kernels start before the ones ahead of them end, on devices that can (`dependent`). fused_row: steps of
     one token take our own products with norm, activation and residual folded in (`skinny`). hopper: on the chip that they are
     written for, prompts take `hopper_attention`, and products of few rows are our own: `hopper_product` where the result is
-    narrow, else `skinny`."""
+    narrow, else `skinny`. split_norm: with both of these, norms of several rows in bfloat16 are done by the products around them,
+    where the residual is narrow too."""
 
     dependent_launch: bool = False
     fused_row: bool = False
     hopper: bool = False
+    split_norm: bool = False
 
 
 CHOSEN = KernelChoice(dependent_launch=True, fused_row=True, hopper=True)

@@ -7,6 +7,9 @@ program, and the program that finishes last adds them in order.
 
 One warp copies weights and rows into a ring in shared memory; four others multiply. Under PDL the ring is filled with weights
 before the wait for the kernels that make x. Written in Gluon, as `hopper_attention`; the tests run it on a model of the chip.
+
+Where the product is added to a residual that is normed next, whoever has the sums of a column block does its part of that too: it
+adds, multiplies by the norm's weights, and sums the squares of each row. Dividing is left to the reader (`skinny`).
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
 
@@ -24,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TILE = gl.constexpr(64)  # columns of out a matrix instruction takes, and depth that lies together: 128 bytes, the widest swizzle
+PLAIN = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))  # in which results are written, 16 bytes a thread
 
 
 @gluon.jit
@@ -80,20 +84,46 @@ def _add_parts(
 
 
 @gluon.jit
-def _store_columns(out, values, first, num_rows, stride_out, COLS: gl.constexpr, ROWS: gl.constexpr):
-    """values [TILE, ROWS] to columns first.. of out [num_rows, COLS]."""
-    plain: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    stored = gl.convert_layout(values.to(out.dtype.element_ty), plain)
-    col = first + gl.arange(0, TILE, gl.SliceLayout(1, plain))
-    row = gl.arange(0, ROWS, gl.SliceLayout(0, plain))
-    at = out + row.to(gl.int64)[None, :] * stride_out + col[:, None]
-    gl.store(at, stored, mask=(col < COLS)[:, None] & (row < num_rows)[None, :])
+def _columns(tile, num_rows, COLS: gl.constexpr, ROWS: gl.constexpr):
+    """Column block `tile` [TILE, ROWS] of rows of COLS: its columns, rows, and which of them are real."""
+    col = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, PLAIN))
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, PLAIN))
+    return col, row, (col < COLS)[:, None] & (row < num_rows)[None, :]
+
+
+@gluon.jit
+def _neighbours(residual, norm, tile, num_rows, stride_residual, COLS: gl.constexpr, ROWS: gl.constexpr):
+    """The residual and the norm's weights of a column block. Asked for ahead: it takes as long as all else."""
+    col, row, inside = _columns(tile, num_rows, COLS, ROWS)
+    at = residual + row.to(gl.int64)[None, :] * stride_residual + col[:, None]
+    return gl.load(at, mask=inside, other=0.0), gl.load(norm + col, mask=col < COLS, other=0.0)
+
+
+@gluon.jit
+def _store_columns(
+    out, values, residual, squares, before, weight, tile, num_rows, stride_out, stride_residual,
+    COLS: gl.constexpr, ROWS: gl.constexpr, ADDED: gl.constexpr,
+):  # fmt: skip
+    """values [TILE, ROWS] to column block `tile` of out [num_rows, COLS]. ADDED: residual = before + values, rounded, out that
+    times the norm's weights, and squares [ROWS, column blocks] the sums of its squares."""
+    col, row, inside = _columns(tile, num_rows, COLS, ROWS)
+    to_row = row.to(gl.int64)[None, :]
+    if ADDED:
+        rounded = (before.to(gl.float32) + gl.convert_layout(values, PLAIN)).to(residual.dtype.element_ty)
+        gl.store(residual + to_row * stride_residual + col[:, None], rounded, mask=inside)
+        total = rounded.to(gl.float32)
+        gl.store(squares + row * ((COLS + TILE - 1) // TILE) + tile, gl.sum(total * total, axis=0))
+        stored = (total * weight[:, None]).to(out.dtype.element_ty)
+    else:
+        stored = gl.convert_layout(values.to(out.dtype.element_ty), PLAIN)
+    gl.store(out + to_row * stride_out + col[:, None], stored, mask=inside)
 
 
 @gluon.jit
 def _multiply_pieces(
-    out, sums, arrivals, w_ring, x_ring, ready, free, begin, stop, share, num_rows, stride_out,
-    COLS: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, PDL: gl.constexpr,
+    out, residual, norm, squares, sums, arrivals, w_ring, x_ring, ready, free, begin, stop, share, num_rows, stride_out,
+    stride_residual, COLS: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr,
+    ADDED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: pieces begin..stop of the line, and what becomes of each column block."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
@@ -101,6 +131,9 @@ def _multiply_pieces(
         gdc_wait()
     for tile in range(begin // STEPS, (stop + STEPS - 1) // STEPS):
         total = gl.zeros([TILE, ROWS], gl.float32, layout)
+        before, weight = total, total
+        if ADDED:
+            before, weight = _neighbours(residual, norm, tile, num_rows, stride_residual, COLS, ROWS)
         start = tile * STEPS
         for piece in range(gl.maximum(begin, start), gl.minimum(stop, start + STEPS)):
             i = piece - begin
@@ -112,7 +145,9 @@ def _multiply_pieces(
         first_part = start // share
         parts = (start + STEPS - 1) // share - first_part + 1
         if parts == 1:
-            _store_columns(out, total, tile * TILE, num_rows, stride_out, COLS, ROWS)
+            _store_columns(
+                out, total, residual, squares, before, weight, tile, num_rows, stride_out, stride_residual, COLS, ROWS, ADDED
+            )
         else:
             at, real = _part(sums, gl.program_id(0) * 2 + (start > begin).to(gl.int32), num_rows, ROWS, layout)
             gl.store(at, total, mask=real)
@@ -121,18 +156,21 @@ def _multiply_pieces(
             if arrived == parts - 1:
                 starts_inside = (start > first_part * share).to(gl.int32)
                 total = _add_parts(sums, first_part, parts, starts_inside, num_rows, ROWS, TOGETHER, layout)
-                _store_columns(out, total, tile * TILE, num_rows, stride_out, COLS, ROWS)
+                _store_columns(
+                    out, total, residual, squares, before, weight, tile, num_rows, stride_out, stride_residual, COLS, ROWS, ADDED
+                )
                 gl.store(arrivals + first_part, 0)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "share"])
 def hopper_product_kernel(
-    weights, rows, out, sums, arrivals, num_rows, stride_out, share,
+    weights, rows, out, residual, norm, squares, sums, arrivals, num_rows, stride_out, stride_residual, share,
     COLS: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr,
-    PDL: gl.constexpr = False,
+    ADDED: gl.constexpr, PDL: gl.constexpr = False,
 ):  # fmt: skip
     """Program p takes pieces p * share.. of the line. weights, rows: descriptors in tiles [64, 64] and [ROWS, 64]; past their
-    ends there is zero. sums: two slots a program; arrivals: one a program, left at zero. Launched with four warps."""
+    ends there is zero. sums: two slots a program; arrivals: one a program, left at zero. ADDED: see `_store_columns`, else
+    residual, norm and squares are not touched. Launched with four warps."""
     if PDL:
         gdc_launch_dependents()
     steps: gl.constexpr = (DEPTH + TILE - 1) // TILE
@@ -153,8 +191,8 @@ def hopper_product_kernel(
     gl.warp_specialize(
         [
             (_multiply_pieces, (
-                out, sums, arrivals, w_ring, x_ring, ready, free, begin, stop, share, num_rows, stride_out,
-                COLS, steps, ROWS, STAGES, TOGETHER, PDL,
+                out, residual, norm, squares, sums, arrivals, w_ring, x_ring, ready, free, begin, stop, share, num_rows,
+                stride_out, stride_residual, COLS, steps, ROWS, STAGES, TOGETHER, ADDED, PDL,
             )),
             (_copy_pieces, (weights, rows, w_ring, x_ring, ready, free, begin, stop, steps, ROWS, STAGES, PDL)),
         ],

@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 
-from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, Rotation, SamplingBatch
+from brim.config.model_spec import ModelSpec
+from brim.kernels.base import Activation, AttentionBatch, FoldedNorm, Kernels, LinearWeight, Rotation, SamplingBatch
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher, PrefillLauncher
@@ -81,14 +82,14 @@ class TritonKernels(Kernels):
             self._hashing.start()
         self.limits = limits
         self.chip = chip or chip_of(self.device)
-        self.choice, self.fused_rows = choice, int(choice.fused_row)
+        self.choice = choice
         launch = depending(launch) if choice.dependent_launch and self.chip.dependent_launch else launch
         self._launch = launch
         self._products = ProductLauncher(launch)
         self._scratch = Scratch(limits, self.chip.num_cores, self.device)
         on_hopper = choice.hopper and self.chip.hopper
         self._narrow = _hopper_products(launch, self.chip.num_cores, self._scratch) if on_hopper else None
-        self._own_rows = FEW_ROWS if on_hopper else self.fused_rows
+        self._own_rows = FEW_ROWS if on_hopper else int(choice.fused_row)
         prefill = _hopper_launcher(launch, limits) if on_hopper else None
         cores = self.chip.num_cores
         parts = limits.decode_parts(cores)
@@ -100,6 +101,15 @@ class TritonKernels(Kernels):
         if self.device.type not in ("cpu", "meta"):
             small = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.device)
             torch.mm(small, small)
+
+    def fused_rows(self, spec: ModelSpec, dtype: torch.dtype) -> int:
+        """See the contract. Several rows only in bfloat16, whose range holds rows that are not divided by their size yet."""
+        if not self.choice.fused_row:
+            return 0
+        if not self.choice.split_norm or self._narrow is None or dtype != torch.bfloat16:
+            return 1
+        depths = (spec.num_heads * spec.head_dim, spec.intermediate_size)
+        return FEW_ROWS if self._narrow.adds_to(spec.hidden_size, depths) else 1
 
     @property
     def num_cores(self) -> int:
@@ -191,22 +201,32 @@ class TritonKernels(Kernels):
         self._products.launch(x, matrix, out, tile, activation=activation)
         return True
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, out: Tensor) -> None:
+    def add_linear(self, x: Tensor, weight: LinearWeight, norm: FoldedNorm) -> None:
         matrix = _matrix(weight)
-        tile = product_tile(x.shape[0], *matrix.shape, gated=False, element_bytes=x.element_size())
-        self._products.launch(x, matrix, out, tile, norm=norm, eps=eps)
+        if x.shape[0] > 1:
+            assert self._narrow is not None, "more rows than are fused"
+            self._narrow.launch_added(x, matrix, norm.residual, norm.weight, norm.hidden)
+            return
+        tile = product_tile(1, *matrix.shape, gated=False, element_bytes=x.element_size())
+        self._products.launch(x, matrix, norm.residual, tile, added=True)
 
-    def norm_gated_linear(
-        self, x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, activation: Activation, out: Tensor
-    ) -> None:
-        matrix = _matrix(weight)
-        tile = product_tile(x.shape[0], out.shape[1], matrix.shape[1], gated=True, element_bytes=x.element_size())
-        self._products.launch(x, matrix, out, tile, norm=norm, eps=eps, activation=activation)
+    def norm_linear(self, norm: FoldedNorm, weight: LinearWeight, out: Tensor) -> None:
+        self._multiply_normed(norm, _matrix(weight), out, None)
 
-    def add_linear(self, x: Tensor, weight: LinearWeight, residual: Tensor) -> None:
-        matrix = _matrix(weight)
-        tile = product_tile(x.shape[0], *matrix.shape, gated=False, element_bytes=x.element_size())
-        self._products.launch(x, matrix, residual, tile, added=True)
+    def norm_gated_linear(self, norm: FoldedNorm, weight: LinearWeight, activation: Activation, out: Tensor) -> None:
+        self._multiply_normed(norm, _matrix(weight), out, activation)
+
+    def _multiply_normed(self, norm: FoldedNorm, matrix: Tensor, out: Tensor, activation: Activation | None) -> None:
+        """One row is normed by the product itself; of several, add_linear did one half."""
+        x = norm.residual
+        rows, width = x.shape
+        tile = product_tile(rows, out.shape[1], width, gated=activation is not None, element_bytes=x.element_size())
+        if rows == 1:
+            self._products.launch(x, matrix, out, tile, norm=norm.weight, eps=norm.eps, activation=activation)
+            return
+        assert self._narrow is not None, "more rows than are fused"
+        squares = self._narrow.squares_of(width)
+        self._products.launch(norm.hidden, matrix, out, tile, squares=squares, eps=norm.eps, activation=activation)
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
         rounded = torch.tensor(scale, dtype=out.dtype, device="cpu").item()
@@ -368,7 +388,7 @@ def _hopper_products(launch: Launch, num_cores: int, scratch: Scratch) -> Hopper
     # optional part: imported only where it is chosen
     from brim.kernels.triton.hopper_products import HopperProducts
 
-    return HopperProducts(launch, num_cores, scratch.sums, scratch.part_arrivals)
+    return HopperProducts(launch, num_cores, scratch.sums, scratch.part_arrivals, scratch.stats)
 
 
 def _matrix(weight: LinearWeight) -> Tensor:

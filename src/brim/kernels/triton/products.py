@@ -33,9 +33,11 @@ class ProductLauncher:
         eps: float = 0.0,
         activation: Activation | None = None,
         added: bool = False,
+        squares: Tensor | None = None,
     ) -> None:
         """out[T, N] = x[T, K] @ matrix[N, K].T, with an activation, matrix is [2N, K], gates first, and
-        out = act(gate) * up. x and out may have strided rows. One row: x normed by `norm` [K] f32 where given; added: out +=."""
+        out = act(gate) * up. x and out may have strided rows. One row: x normed by `norm` [K] f32 where given; added: out +=.
+        Several: each row divided by its root mean square where squares, the parts of the sum [T or more, parts], are given."""
         rows, (cols, depth) = x.shape[0], (out.shape[1], matrix.shape[1])
         forms = {
             "COLS": cols, "DEPTH": depth, "COLS_BLOCK": tile.cols, "DEPTH_BLOCK": tile.depth, "GATED": _FORMS[activation],
@@ -43,16 +45,18 @@ class ProductLauncher:
             "num_warps": tile.warps,
         }  # fmt: skip
         blocks = ceil_div(cols, tile.cols)
+        unused = matrix  # a pointer nothing reads through
         if tile.rows == 1:
             assert rows == 1, "a tile for one row"
-            unused = matrix  # a pointer nothing reads through
             self.start(
                 vector_product_kernel, (blocks,), x, unused if norm is None else norm, matrix, out, eps, matrix.stride(0),
                 NORMED=norm is not None, ADDED=added, **forms,
             )  # fmt: skip
             return
         assert norm is None and not added, "more is folded in for one row only"
+        parts = 0 if squares is None else squares.shape[1]
         self.start(
-            skinny_product_kernel, (blocks, ceil_div(rows, tile.rows)), x, matrix, out, rows, x.stride(0), matrix.stride(0),
-            out.stride(0), ROWS_BLOCK=tile.rows, **forms,
+            skinny_product_kernel, (blocks, ceil_div(rows, tile.rows)), x, matrix, out,
+            unused if squares is None else squares, eps, rows, x.stride(0), matrix.stride(0), out.stride(0),
+            ROWS_BLOCK=tile.rows, SQUARES=parts, SQUARES_PAD=next_power_of_2(parts), **forms,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
     out = x @ weight.T                                  logits, and with few rows every product
     out = act(x @ gate.T) * (x @ up.T)                  gate and up of an MLP
+    rows that are normed but for the division, see `hopper_product`: both of these, each row of a product divided
     one row: out = rms_norm(x) @ weight.T; out = act(rms_norm(x) @ gate.T) * (rms_norm(x) @ up.T); residual += x @ weight.T
 
 One program makes a few output columns of all rows, so each weight is read once and each sum has one order, whatever the batch.
@@ -46,12 +47,14 @@ def _weight(at, inside, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny_product_kernel(
-    x, weight, out, num_rows, stride_x, stride_weight, stride_out,
+    x, weight, out, squares, eps, num_rows, stride_x, stride_weight, stride_out,
     COLS: tl.constexpr, DEPTH: tl.constexpr, ROWS_BLOCK: tl.constexpr, COLS_BLOCK: tl.constexpr, DEPTH_BLOCK: tl.constexpr,
-    GATED: tl.constexpr, AHEAD: tl.constexpr, AHEAD_LINES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr = False,
+    GATED: tl.constexpr, SQUARES: tl.constexpr, SQUARES_PAD: tl.constexpr, AHEAD: tl.constexpr, AHEAD_LINES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (column blocks, row blocks), products by the matrix units. COLS: columns of out; GATED: weight has twice as many rows,
-    gates first. AHEAD: columns of the weights asked for before the wait."""
+    gates first. SQUARES: 0, or x is weighed but not divided by its root mean square, and squares [rows, SQUARES] are parts of its
+    sum of squares. AHEAD: columns of the weights asked for before the wait."""
     row = tl.program_id(1) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
     col = tl.program_id(0) * COLS_BLOCK + tl.arange(0, COLS_BLOCK)
     let_next_start(PDL)
@@ -66,6 +69,11 @@ def skinny_product_kernel(
     masked: tl.constexpr = not even or COLS % COLS_BLOCK != 0
     x_at = x + row.to(tl.int64)[:, None] * stride_x + depth[None, :]
     w_at = weight + col.to(tl.int64)[:, None] * stride_weight + depth[None, :]
+    parts = 0.0
+    if SQUARES:  # asked for ahead of the weights, used after them
+        part = tl.arange(0, SQUARES_PAD)
+        has_part = real[:, None] & (part < SQUARES)[None, :]
+        parts = tl.load(squares + row[:, None] * SQUARES + part[None, :], mask=has_part, other=0.0)
     acc = tl.zeros([ROWS_BLOCK, COLS_BLOCK], tl.float32)
     up = tl.zeros([ROWS_BLOCK, COLS_BLOCK], tl.float32)
     for begin in tl.range(0, DEPTH, DEPTH_BLOCK, num_stages=STAGES):
@@ -76,6 +84,9 @@ def skinny_product_kernel(
         if GATED:
             b = _weight(w_at + COLS * stride_weight + begin, inside, masked)
             up = tl.dot(a, tl.trans(b), up, input_precision="ieee")
+    if SQUARES:
+        factor = 1.0 / tl.sqrt(tl.sum(parts, axis=1) / DEPTH + eps)[:, None]
+        acc, up = acc * factor, up * factor
     if GATED:
         acc = _activated(acc, up, GATED)
     at = out + row.to(tl.int64)[:, None] * stride_out + col[None, :]
