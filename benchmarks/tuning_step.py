@@ -26,8 +26,8 @@ CHOICES = {
     "early": KernelChoice(dependent_launch=True),
     "fused early": KernelChoice(dependent_launch=True, fused_row=True),
     "hopper early": CHOSEN,
-    "split norm": replace(CHOSEN, split_norm=True),
 }
+ROTATED = {"chosen, rotated": CHOSEN, "split norm, rotated": replace(CHOSEN, split_norm=True)}
 LOADS = ((1, 264), (4, 264), (8, 264), (16, 264), (64, 264))
 BLOCK = 16
 
@@ -129,12 +129,12 @@ def step_cases(name: str, shape: ModelShape, device: str, launch: Launch) -> Ite
         for label, choice in CHOICES.items():
             if seqs > (FEW_ROWS if choice.hopper else 1 if choice.fused_row else seqs):
                 continue  # the same kernels
-            if choice.split_norm and (seqs == 1 or shape.hidden > 2048):
-                continue  # the same kernels
             run = made.step(1, seqs, length, choice, launch)
             case.candidates.append(Candidate(label, [run], made.logits[:seqs], label == "today", choice))
-        run = made.step(1, seqs, length, CHOSEN, launch, rotated=True)
-        case.candidates.append(Candidate("chosen, rotated", [run], made.logits[:seqs], setting=CHOSEN))
+        for label, choice in ROTATED.items():
+            if not choice.split_norm or (1 < seqs <= FEW_ROWS and made.model.spec.hidden_size <= 2048):
+                run = made.step(1, seqs, length, choice, launch, rotated=True)
+                case.candidates.append(Candidate(label, [run], made.logits[:seqs], setting=choice))
         yield case
 
 
