@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from tests.unit.kernels_triton.gluon_model import Machine
 from tests.unit.models.helpers import CONFIGS, PagedRun, load_folder, prompt_ids, random_model, spec_of
 
-from brim.config.model_spec import ModelSpec
+from brim.config.model_spec import ModelSpec, spec_from_hf_config
 from brim.kernels.torch_ref import TorchKernels
 from brim.kernels.triton import hopper_product
 from brim.kernels.triton.chip import Chip
-from brim.kernels.triton.choice import KernelChoice
+from brim.kernels.triton.choice import CHOSEN, KernelChoice
 from brim.kernels.triton.kernels import TritonKernels
 from brim.kernels.triton.launch import launch_now
 from brim.kernels.triton.scratch import KernelLimits
+from brim.kernels.triton.tuning import FEW_ROWS
 
 
 @contextmanager
@@ -80,3 +82,24 @@ def test_few_rows_with_norms_cut_in_two(name: str, fuses: bool, tmp_path: Path) 
     assert names.count("add_rms_norm_kernel") == (1 if fuses else 4) * 2 * spec.num_layers
     assert names.count("rms_norm_kernel") == (6 if fuses else 4)  # the first and the last one of a step stay
     assert "hopper_product_kernel" in names
+
+
+@pytest.mark.parametrize(
+    ("changed", "dtype", "is_hopper", "rows"),
+    [
+        ({}, torch.bfloat16, True, FEW_ROWS), ({"hidden_size": 2048}, torch.bfloat16, True, FEW_ROWS),
+        ({}, torch.float16, True, 1), ({}, torch.bfloat16, False, 1), ({"hidden_size": 4096}, torch.bfloat16, True, 1),
+        ({"intermediate_size": 3076}, torch.bfloat16, True, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_which_steps_are_fused(changed: dict[str, int], dtype: torch.dtype, is_hopper: bool, rows: int) -> None:
+    """float16 could not hold what is not divided yet; the kernel takes narrow results in rows that copies reach."""
+    spec = spec_from_hf_config(
+        {"model_type": "qwen3", "vocab_size": 100, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1,
+         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 64, **changed}
+    )  # fmt: skip
+    limits, chip = KernelLimits.of(spec, 4), Chip(132, True, True, hopper=is_hopper)
+    splits = replace(CHOSEN, fused_row=True, split_norm=True)
+    for choice, expected in ((splits, rows), (replace(splits, split_norm=False), 1), (replace(splits, fused_row=False), 0)):
+        assert TritonKernels("meta", limits, chip, choice=choice).fused_rows(spec, dtype) == expected
