@@ -118,26 +118,26 @@ class ChunkPace:
         self._context = step.context
         self._added_s[step.num_long] = _moved(self._added_s.get(step.num_long), added_s, _CHUNK_WEIGHT)
 
-    def _estimate_s(self, num_tokens: int) -> float:
-        """What a chunk adds to a step: as measured, or in proportion to the next smaller one that was, else the next larger."""
+    def _estimates_s(self, chunks: list[int]) -> list[float]:
+        """What chunks add to a step: as measured, or in proportion to the next smaller one that was, else the next larger."""
         known = sorted(self._added_s)
-        place = bisect_right(known, num_tokens)
-        nearest = known[place - 1] if place else known[0]
-        return self._added_s[nearest] * num_tokens / nearest if nearest != num_tokens else self._added_s[nearest]
+        nearest = [known[max(0, bisect_right(known, chunk) - 1)] for chunk in chunks]
+        return [self._added_s[size] * (chunk / size) for chunk, size in zip(chunks, nearest, strict=True)]
 
     def _long_tokens(self, num_decodes: int, num_waiting: int) -> int:
         if not self._decode_s:
             return self._most - num_decodes
         least = min(bisect_left(self._sizes, num_decodes + self._least_chunk), len(self._sizes) - 1)
-        chunks: list[int] = [size - num_decodes for size in self._sizes[least:]]
+        chunks = [size - num_decodes for size in self._sizes[least:]]
         if not self._added_s:
             return max([chunk for chunk in chunks if chunk <= _FIRST_TOKENS], default=chunks[0])
         wanted_s = (_FACTOR - 1) * self._decode_s * (1 + num_waiting)
         most = _MOST_GROWTH * max(self._added_s)  # a step may seem to take no time, when the one before was noticed late
-        fitting = [chunk for chunk in chunks if chunk <= most and self._estimate_s(chunk) <= wanted_s]
+        estimates_s = self._estimates_s(chunks)
+        fitting = [chunk for chunk, added_s in zip(chunks, estimates_s, strict=True) if chunk <= most and added_s <= wanted_s]
         if fitting:
             return fitting[-1]
-        worth_s = _WORTH * self._estimate_s(chunks[0])
+        worth_s = _WORTH * estimates_s[0]
         return max([chunk for chunk in chunks if self._added_s.get(chunk, worth_s * 2) <= worth_s], default=chunks[0])
 
 
