@@ -101,6 +101,26 @@ def test_what_other_processes_compile_is_what_a_launch_looks_for(tmp_path: Path)
     run_check("cache", "gemma3", TRITON_CACHE_DIR=str(tmp_path / "cache"))
 
 
+def test_a_kernels_place_in_the_cache_does_not_depend_on_which_was_met_first() -> None:
+    """Two that call the same function, which reads a global value."""
+    code = """
+import sys
+from brim.kernels.triton import skinny
+from brim.kernels.triton.variant import settle_key
+kernels = [skinny.skinny_product_kernel, skinny.vector_product_kernel]
+for kernel in kernels[:: int(sys.argv[1])]:
+    settle_key(kernel)
+print(*(kernel.cache_key for kernel in kernels))
+"""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code, order], env=without_interpreter(), capture_output=True, text=True, check=True
+        ).stdout
+        for order in ("1", "-1")
+    }
+    assert len(found) == 1
+
+
 def test_all_are_compiled_over_all_processes() -> None:
     report = pool(variants(20), num_processes=3).wait()
     assert (report.num_variants, report.num_cached, report.num_compiled, report.failures) == (20, 0, 20, ())

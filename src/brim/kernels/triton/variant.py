@@ -21,7 +21,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key, get_cache_manager
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import JITCallable, create_function_from_signature
 
 # Modules and classes that build the host's side of a launch, by Triton's name of the target.
 _LAUNCHERS = {"cuda": ("triton.backends.nvidia.driver", "CudaLauncher"), "hip": ("triton.backends.amd.driver", "HIPLauncher")}
@@ -35,6 +35,20 @@ _SLOW = (
     "top_logprobs_kernel",
     "rope_and_cache_kernel",
 )
+
+
+def settle_key(function: Any) -> None:
+    """Make Triton's key of a kernel the same in every process: of what it calls first, then its own.
+
+    Triton 3.6 takes over the global values that a callee reads before it has made the callee's key, which is what finds them. So
+    the key of a kernel, and with it the place in the cache, depended on which kernels the process had met before."""
+    if function.hash is not None:
+        return
+    for name in function.fn.__code__.co_names:
+        callee = function.fn.__globals__.get(name)
+        if isinstance(callee, JITCallable) and callee is not function:
+            settle_key(callee)
+    function.cache_key  # noqa: B018 (made when it is asked for)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,7 @@ class Variant:
     def _source(self, target: GPUTarget) -> tuple[Any, Any]:
         stored = json.loads(self.text)
         kernel = getattr(importlib.import_module(stored["module"]), stored["kernel"])
+        settle_key(kernel)
         constants = {tuple(path): value for path, value in stored["constants"]}
         attributes = {tuple(path): value for path, value in stored["attributes"]}
         source_of = importlib.import_module(_GLUON).GluonASTSource if kernel.is_gluon() else ASTSource
@@ -93,6 +108,7 @@ class VariantList:
         """See `triton.runtime.jit.JITFunction.run`, whose first half this is; it tells launches apart by the same key."""
         backend = make_backend(self.target)
         if kernel.fn not in self._binders:
+            settle_key(kernel)
             self._binders[kernel.fn] = create_function_from_signature(kernel.signature, kernel.params, backend)
         options["debug"] = options.get("debug", kernel.debug) or knobs.runtime.debug
         options["instrumentation_mode"] = knobs.compilation.instrumentation_mode
