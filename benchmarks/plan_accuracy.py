@@ -130,7 +130,7 @@ def planned(cases: list[tuple[str, Case]], device: str) -> list[dict[str, Any]]:
 def plan_child() -> None:
     """Read the task, plan each case, print a list."""
     from brim.cli.options import build_config
-    from brim.runtime import plan_starts
+    from brim.planning import plan_starts
 
     task, found = json.load(sys.stdin), []
     for model, settings in task["cases"]:

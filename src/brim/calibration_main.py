@@ -1,11 +1,11 @@
-"""`python -m brim.calibration_main`: one start that is measured, in a process of its own. Started by `runtime.calibrate`."""
+"""`python -m brim.calibration_main`: one start that is measured, in a process of its own. Started by `planning.calibrate`."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from brim.runtime import measure_start
+from brim.planning import measure_start
 
 
 def main() -> int:

@@ -14,8 +14,9 @@ SHAPE = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
     "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 1e4, "torch_dtype": "float32", "tie_word_embeddings": False,
 }  # fmt: skip
-# What only a compiler, a front end or other devices need.
+# What only a compiler, a front end, plans or other devices need.
 NOT_IN_AN_ENGINE = {
+    "brim.planning", "brim.platforms.scenario", "brim.worker.plan_preview", "brim.worker.scripted_run",
     "fastapi", "huggingface_hub", "matplotlib", "pandas", "prometheus_client", "pydantic", "rich", "scipy", "sympy",
     "torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard", "torchvision", "transformers", "triton", "typer",
     "uvicorn",

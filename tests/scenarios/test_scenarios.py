@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from brim.planning import play_scenario
 from brim.platforms.scenario import read_scenario
-from brim.runtime import play_scenario
 
 FILES = sorted(Path(__file__).parent.glob("*.toml"))
 # Reports of the field by root cause, as the project collected them: each has a scenario that names it.

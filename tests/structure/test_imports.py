@@ -32,13 +32,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The only composition root: it alone sees everything below the front ends.
     "runtime": (*FOUNDATION, "formats", "config", "text", "platforms", "memory", "parallel", "kernels", "layers", "models",
                 "engine", "worker"),
+    # Plans, scenarios and calibrating, of the same parts: what a start need not import.
+    "planning": (*FOUNDATION, "config", "platforms", "engine", "worker", "runtime"),
     # Looks at the machine for who needs no engine.
     "machine": (*FOUNDATION, "platforms"),
     "llm": (*FOUNDATION, "config", "memory", "text", "engine", "front", "runtime"),
     "brim": (*FOUNDATION, "importing", "engine", "llm"),
-    "cli": (*FOUNDATION, "importing", "config", "memory", "engine", "server", "machine", "runtime", "llm", "brim"),
+    "cli": (*FOUNDATION, "importing", "config", "memory", "engine", "server", "machine", "runtime", "planning", "llm", "brim"),
     "engine_main": ("importing", "engine", "runtime"),
-    "calibration_main": ("runtime",),
+    "calibration_main": ("planning",),
     "__main__": ("cli",),
 }  # fmt: skip
 

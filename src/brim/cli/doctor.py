@@ -87,7 +87,7 @@ def _forget(as_json: bool) -> None:
 
 def _calibrate(file: str | None, settings: dict[str, Any], as_json: bool) -> None:
     from brim.cli.doctor_report import print_profile
-    from brim.runtime import calibrate
+    from brim.planning import calibrate
 
     device = build_config(_NO_MODEL, settings).device.device
     with ProgressLine(quiet=as_json or not sys.stderr.isatty()) as progress:

@@ -54,7 +54,7 @@ def plan(
     if not models:
         print("brim: `brim plan` needs a MODEL, --check or --scenario FILE.", file=sys.stderr)
         raise typer.Exit(scenarios.EXIT_USAGE)
-    from brim.runtime import plan_starts
+    from brim.planning import plan_starts
 
     found = plan_starts([build_config(model, settings) for model in models], device or ["this"])
     if plot is not None:

@@ -19,7 +19,7 @@ EXIT_USAGE = 2
 
 def play(files: Sequence[Path], *, as_json: bool) -> None:
     """Play each file and say what came of it. Exits with 1 where something does not hold, 2 where a file is wrong."""
-    from brim.runtime import play_scenario
+    from brim.planning import play_scenario
 
     try:
         found = [{"file": str(path), **play_scenario(path)} for path in files]

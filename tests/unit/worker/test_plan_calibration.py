@@ -10,8 +10,8 @@ import pytest
 
 from brim.config.resolve import resolve
 from brim.errors import DeviceError
+from brim.planning import calibrate, plan_starts
 from brim.platforms.profile import DeviceProfile, find_profile
-from brim.runtime import calibrate, plan_starts
 from brim.units import GIB, MIB
 from brim.worker import plan_calibration
 from brim.worker.plan_calibration import CalibrationStart, MeasuredStart, fit_graphs, profile_from, start_json, start_of_json

@@ -11,9 +11,10 @@ import pytest
 from brim.config.resolve import resolve
 from brim.config.schema import BrimConfig
 from brim.errors import ConfigError, MemoryBudgetError, UnsupportedModel
+from brim.planning import plan_starts
 from brim.platforms.fake import FakeDevice, FakePlatform
 from brim.platforms.scenario_shapes import SHAPES
-from brim.runtime import EngineParts, build_engine_core, plan_starts
+from brim.runtime import EngineParts, build_engine_core
 from brim.units import GIB, MIB
 
 RECORDS = Path(__file__).parents[3] / "benchmarks/results"
