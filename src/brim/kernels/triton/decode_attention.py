@@ -67,36 +67,40 @@ def _cut(
 
 
 @triton.jit
-def _attend(
-    q, cache, table, length, begin, stop, inner, outer,
-    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr,
+def _load_keys(
+    cache, table, tile, length, cached, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The running sums of tiles begin..stop of one sequence; ROTATED: without its new key, which the cache does not hold yet."""
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    cached = length
-    if ROTATED:
-        cached = length - 1
-    for tile in tl.range(begin, stop):
-        keys = tile * KEYS + tl.arange(0, KEYS)
-        visible = keys < cached
-        if WINDOW:
-            visible = visible & (keys >= length - WINDOW)
-        at = tile_pointers(cache, table, keys, visible, stride_block, stride_token, BLOCK_SIZE, D_PAD, True)
-        k = load_tile(at, visible, D, D_PAD, True).to(q.dtype)
-        v = load_tile(at + stride_kv, visible, D, D_PAD, True).to(q.dtype)
-        scores = scaled_scores(q, k, inner, outer, SOFTCAP)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        acc, top, total = softmax_step(scores, v, acc, top, total, True)
-    return acc, top, total
+    """Keys and values of a tile [KEYS, D_PAD], and which of them are seen: those before position `cached`."""
+    keys = tile * KEYS + tl.arange(0, KEYS)
+    visible = keys < cached
+    if WINDOW:
+        visible = visible & (keys >= length - WINDOW)
+    at = tile_pointers(cache, table, keys, visible, stride_block, stride_token, BLOCK_SIZE, D_PAD, True)
+    return load_tile(at, visible, D, D_PAD, True), load_tile(at + stride_kv, visible, D, D_PAD, True), visible
 
 
 @triton.jit
-def _turned(rows, inside, cos_sin, norm, eps, D: tl.constexpr, D_PAD: tl.constexpr, NORMED: tl.constexpr):
-    """Heads [rows, D] at the addresses `rows` [rows, 1], normed where asked, turned by the angles at cos_sin, rounded. As
+def _fold(q, k, v, visible, acc, top, total, inner, outer, SOFTCAP: tl.constexpr):
+    """A tile into the running sums."""
+    scores = scaled_scores(q, k.to(q.dtype), inner, outer, SOFTCAP)
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    return softmax_step(scores, v.to(q.dtype), acc, top, total, True)
+
+
+@triton.jit
+def _angles(cos_sin, D: tl.constexpr, D_PAD: tl.constexpr):
+    """cos and sin [D_PAD] that a head's elements and those half a head away are multiplied by."""
+    col = tl.arange(0, D_PAD)
+    angle = tl.where(col < D // 2, col, col - D // 2)
+    cos = tl.load(cos_sin + angle, mask=col < D, other=0.0)
+    sin = tl.load(cos_sin + D // 2 + angle, mask=col < D, other=0.0)
+    return cos, tl.where(col < D // 2, -sin, sin)
+
+
+@triton.jit
+def _turned(rows, inside, cos, sin, norm, eps, D: tl.constexpr, D_PAD: tl.constexpr, NORMED: tl.constexpr):
+    """Heads [rows, D] at the addresses `rows` [rows, 1], normed where asked, turned by `_angles`, rounded. As
     `rope_and_cache_kernel` does it, with both halves of a head in one row."""
     col = tl.arange(0, D_PAD)
     other = tl.where(col < D // 2, col + D // 2, col - D // 2)
@@ -106,10 +110,7 @@ def _turned(rows, inside, cos_sin, norm, eps, D: tl.constexpr, D_PAD: tl.constex
         factor = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps))[:, None]
         x = x * factor * tl.load(norm + col, mask=col < D, other=0.0)[None, :]
         y = y * factor * tl.load(norm + other, mask=col < D, other=0.0)[None, :]
-    angle = tl.where(col < D // 2, col, other)
-    cos = tl.load(cos_sin + angle, mask=col < D, other=0.0)
-    sin = tl.load(cos_sin + D // 2 + angle, mask=col < D, other=0.0)
-    turned = x * cos[None, :] + y * tl.where(col < D // 2, -sin, sin)[None, :]
+    turned = x * cos[None, :] + y * sin[None, :]
     return turned.to(rows.dtype.element_ty)
 
 
@@ -127,15 +128,55 @@ def _add_key(q, k, v, acc, top, total, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    cache, table, position, k, v, written, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
-    D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+def _fold_tiles(
+    q, acc, top, total, cache, table, length, cached, begin, stop, inner, outer,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """A key and its value [1, D_PAD] to their place in the cache."""
-    block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
-    at = cache + block * stride_block + position % BLOCK_SIZE * stride_token + tl.arange(0, D_PAD)[None, :]
-    tl.store(at, k.to(cache.dtype.element_ty), mask=written)
-    tl.store(at + stride_kv, v.to(cache.dtype.element_ty), mask=written)
+    """Tiles begin..stop of one sequence into the running sums."""
+    for tile in tl.range(begin, stop):
+        k, v, visible = _load_keys(
+            cache, table, tile, length, cached, stride_block, stride_kv, stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW
+        )
+        acc, top, total = _fold(q, k, v, visible, acc, top, total, inner, outer, SOFTCAP)
+    return acc, top, total
+
+
+@triton.jit
+def _attend_rotated(
+    q, new, cache, table, length, begin, stop, ends, acc, top, total, cos_sin, q_norm, k_norm, inner, outer, eps,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Tiles begin..stop of one sequence into the running sums, for the queries [G, D] at q; where the sequence `ends` here, also
+    the key at `new`, which goes to the cache. What the cache holds lies there since earlier steps: the first tile is asked for
+    before the wait."""
+    row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
+    last = tl.maximum(length - 1, 0)
+    k, v, visible = _load_keys(
+        cache, table, begin, length, last, stride_block, stride_kv, stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW
+    )
+    cos, sin = _angles(cos_sin, D, D_PAD)
+    block = tl.load(table + last // BLOCK_SIZE, mask=ends, other=0).to(tl.int64)
+    wait_for_earlier(PDL)
+    inside = (row < GROUP)[:, None] & (col < D)[None, :]
+    written = ends & (col < D)[None, :]
+    new_rows = new + tl.arange(0, 1)[:, None]
+    new_k = _turned(new_rows, written, cos, sin, k_norm, eps, D, D_PAD, NORMED)
+    new_v = tl.load(new_rows + KV_HEADS * D + col[None, :], mask=written, other=0.0)
+    group = _turned(q + row[:, None] * D, inside, cos, sin, q_norm, eps, D, D_PAD, NORMED)
+    acc, top, total = _fold(group, k, v, visible, acc, top, total, inner, outer, SOFTCAP)
+    acc, top, total = _fold_tiles(
+        group, acc, top, total, cache, table, length, last, begin + 1, stop, inner, outer, stride_block, stride_kv, stride_token,
+        D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
+    )  # fmt: skip
+    if ends:
+        acc, top, total = _add_key(group, new_k, new_v, acc, top, total, inner, outer, SOFTCAP)
+        at = cache + block * stride_block + last % BLOCK_SIZE * stride_token + col[None, :]
+        tl.store(at, new_k.to(cache.dtype.element_ty), mask=written)
+        tl.store(at + stride_kv, new_v.to(cache.dtype.element_ty), mask=written)
+    return acc, top, total
 
 
 @triton.jit
@@ -247,12 +288,12 @@ def decode_attention_kernel(
     share, apart, tile, stop, seq, before = _cut(query_start, seq_lens, num_seqs, part, PARTS, SEQS_PAD, KEYS, WINDOW)
     row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     inside = (row < GROUP)[:, None] & (col < D)[None, :]
+    cache += head * stride_head
     if PDL:
         _ask_ahead(
-            cache + head * stride_head, tables, seq_lens, seq, tile - before, tile < stop, stride_table, stride_block, stride_kv,
+            cache, tables, seq_lens, seq, tile - before + ROTATED, tile + ROTATED < stop, stride_table, stride_block, stride_kv,
             stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW,
         )  # fmt: skip
-    wait_for_earlier(PDL)
     while tile < stop:
         token = tl.load(query_start + seq).to(tl.int64)
         length = tl.load(seq_lens + seq)
@@ -260,33 +301,32 @@ def decode_attention_kernel(
         count = _on_line(real_count, share, apart)
         here = tl.minimum(stop, before + count)
         if here > tile:
-            offset = _first_tile(length, KEYS, WINDOW) - before
+            acc = tl.zeros([ROWS, D_PAD], tl.float32)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            first = _first_tile(length, KEYS, WINDOW) - before
+            begin, end = first + tile, first + tl.minimum(here, before + real_count)
             table = tables + seq.to(tl.int64) * stride_table
             rows = q + token * stride_q + head * (GROUP * D)
-            to = out + token * stride_out + head * (GROUP * D)
             if ROTATED:
-                last = tl.maximum(length - 1, 0)
-                angles = cos_sin + last.to(tl.int64) * stride_angles
-                group = _turned(rows + row[:, None] * D, inside, angles, q_norm, eps, D, D_PAD, NORMED)
                 ends = (length > 0) & (tile < before + real_count) & (here >= before + real_count)
-                new = q + token * stride_q + (KV_HEADS * GROUP + head + tl.arange(0, 1)[:, None]) * D
-                written = ends & (col < D)[None, :]
-                k = _turned(new, written, angles, k_norm, eps, D, D_PAD, NORMED)
-                v = tl.load(new + KV_HEADS * D + col[None, :], mask=written, other=0.0)
+                acc, top, total = _attend_rotated(
+                    rows, q + token * stride_q + (KV_HEADS * GROUP + head) * D, cache, table, length, begin, end, ends,
+                    acc, top, total, cos_sin + tl.maximum(length - 1, 0).to(tl.int64) * stride_angles, q_norm, k_norm,
+                    inner, outer, eps, stride_block, stride_kv, stride_token, KV_HEADS, GROUP, D, D_PAD, ROWS, KEYS,
+                    BLOCK_SIZE, WINDOW, SOFTCAP, NORMED, PDL,
+                )  # fmt: skip
             else:
+                wait_for_earlier(PDL)
                 group = tl.load(rows + row[:, None] * D + col[None, :], mask=inside, other=0.0)
-            acc, top, total = _attend(
-                group, cache + head * stride_head, table, length, offset + tile,
-                offset + tl.minimum(here, before + real_count), inner, outer, stride_block, stride_kv, stride_token,
-                D, D_PAD, ROWS, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP, ROTATED,
-            )  # fmt: skip
-            if ROTATED:  # noqa: SIM102  (one is known to the compiler)
-                if ends:
-                    acc, top, total = _add_key(group, k, v, acc, top, total, inner, outer, SOFTCAP)
-                    at = cache + head * stride_head
-                    _write(at, table, last, k, v, written, stride_block, stride_kv, stride_token, D_PAD, BLOCK_SIZE)
+                acc, top, total = _fold_tiles(
+                    group, acc, top, total, cache, table, length, length, begin, end, inner, outer, stride_block, stride_kv,
+                    stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
+                )  # fmt: skip
             _finish(
-                acc, top, total, to, inside, sums, stats, arrivals + seq * KV_HEADS + head, part, head, before, count, share,
-                KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, ROWS, TOGETHER,
+                acc, top, total, out + token * stride_out + head * (GROUP * D), inside, sums, stats,
+                arrivals + seq * KV_HEADS + head, part, head, before, count, share, KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, ROWS,
+                TOGETHER,
             )  # fmt: skip
         tile, before, seq = here, before + count, seq + 1
+    wait_for_earlier(PDL)  # also where there was nothing to do
