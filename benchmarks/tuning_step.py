@@ -25,9 +25,9 @@ CHOICES = {
     "today": KernelChoice(),
     "early": KernelChoice(dependent_launch=True),
     "fused early": KernelChoice(dependent_launch=True, fused_row=True),
-    "hopper early": CHOSEN,
+    "hopper early": replace(CHOSEN, split_norm=False),
+    "split norm early": CHOSEN,
 }
-ROTATED = {"chosen, rotated": CHOSEN, "split norm, rotated": replace(CHOSEN, split_norm=True)}
 LOADS = ((1, 264), (4, 264), (8, 264), (16, 264), (64, 264))
 BLOCK = 16
 
@@ -86,11 +86,8 @@ class StepModel:
         twin._segments = tuple(twin._build_segments())
         return twin, kernels
 
-    def step(
-        self, query_len: int, seqs: int, length: int, choice: KernelChoice, launch: Launch, *, rotated: bool = False
-    ) -> Callable[[], None]:
-        """One greedy step of `seqs` sequences with so many new tokens each, that are `length` long after it. rotated: rotary
-        embedding inside attention."""
+    def step(self, query_len: int, seqs: int, length: int, choice: KernelChoice, launch: Launch) -> Callable[[], None]:
+        """One greedy step of `seqs` sequences with so many new tokens each, that are `length` long after it."""
         model, kernels = self.with_choice(choice, launch)
         tokens, device, blocks = seqs * query_len, self.device, -(-length // BLOCK)
         tables = (torch.arange(seqs * blocks, dtype=torch.int32) % self.caches[0].shape[0]).view(seqs, blocks).to(device)
@@ -105,7 +102,7 @@ class StepModel:
         last_rows = (starts[1:] - 1).long()
         floats = torch.zeros(seqs, device=device)
         params = SamplingBatch(floats, rows.int(), floats, floats, rows, rows, all_greedy=True)
-        tensors = StepTensors(ids, positions, [batch], self.caches, self.buffers, rotated=rotated)
+        tensors = StepTensors(ids, positions, [batch], self.caches, self.buffers)
 
         def run() -> None:
             kernels.resolve_ids(ids[:seqs], rows, last)
@@ -129,12 +126,10 @@ def step_cases(name: str, shape: ModelShape, device: str, launch: Launch) -> Ite
         for label, choice in CHOICES.items():
             if seqs > (FEW_ROWS if choice.hopper else 1 if choice.fused_row else seqs):
                 continue  # the same kernels
+            if choice.split_norm and (seqs == 1 or made.model.spec.hidden_size > 2048):
+                continue
             run = made.step(1, seqs, length, choice, launch)
             case.candidates.append(Candidate(label, [run], made.logits[:seqs], label == "today", choice))
-        for label, choice in ROTATED.items():
-            if not choice.split_norm or (1 < seqs <= FEW_ROWS and made.model.spec.hidden_size <= 2048):
-                run = made.step(1, seqs, length, choice, launch, rotated=True)
-                case.candidates.append(Candidate(label, [run], made.logits[:seqs], setting=choice))
         yield case
 
 

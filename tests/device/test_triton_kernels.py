@@ -12,7 +12,6 @@ from tests.unit.kernels_triton.helpers import (
     AttentionShape,
     assert_attention,
     assert_close,
-    assert_rotated,
     assert_same_samples,
     attention_case,
     kernels_for,
@@ -61,16 +60,6 @@ def test_long_attention_in_one_batch(query_lens: list[int]) -> None:
     seq_lens = [n + 700 * i for i, n in enumerate(query_lens)] if len(query_lens) < 64 else [1 + 150 * i for i in range(64)]
     shape = replace(LLAMA_8B, query_lens=query_lens, seq_lens=seq_lens)
     assert_attention(kernels_for(DEVICE, shape, max_num_seqs=256), shape, torch.bfloat16, DEVICE)
-
-
-@pytest.mark.parametrize("lengths", [[1], [33, 4000, 0], [264] * 8, [1 + 150 * i for i in range(64)]], ids=len)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_attention_that_rotates(heads: tuple[int, int, int], lengths: list[int]) -> None:
-    """Launched early, as decode steps launch it; one form with head norms, a window and a soft cap."""
-    shape = AttentionShape([1] * len(lengths), lengths, *heads)
-    kernels = kernels_for(DEVICE, shape, max_num_seqs=256)
-    assert_rotated(kernels, shape, torch.bfloat16, DEVICE, normed=False)
-    assert_rotated(kernels, replace(shape, window=300, softcap=30.0), torch.bfloat16, DEVICE, normed=True)
 
 
 def test_a_cache_of_more_than_2_to_the_31_elements() -> None:

@@ -88,16 +88,6 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
-    """What becomes of a layer's new queries and keys before attention, see `rope_and_cache`: angles, and head norms or none."""
-
-    cos_sin: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
 class FoldedNorm:
     """An RMS norm without a pass of its own, between `add_linear`, which adds to residual [T, N], and the product that reads it
     next. weight [N] f32; hidden [T, N], of the residual's dtype: what the first leaves to the second there is theirs alone."""
@@ -142,7 +132,6 @@ class Kernels(ABC):
     plain_weights: bool = False  # a LinearWeight is a row-major tensor, which other code may read
     block_types: frozenset[GGMLType] = frozenset()  # quantised weights that are multiplied as they are, see `new_stored_linear`
     byte_products: str = ""  # what multiplies their bytes, for reports
-    rotates_decodes: bool = False  # steps of one new token a sequence take rotated_attention
 
     def fused_rows(self, spec: ModelSpec, dtype: torch.dtype) -> int:
         """Steps of at most so many tokens take norm_linear, norm_gated_linear and add_linear. For models without biases and
@@ -277,14 +266,6 @@ class Kernels(ABC):
         """Causal paged attention: out[T, H*D] from q[T, H*D] (strided rows) over the cache, grouped heads, optional window
         (batch.window) and logit soft-capping (softcap > 0: softcap * tanh(s / softcap)). Softmax in float32.
         Covers prefill, chunked prefill, decode and mixes of them."""
-
-    def rotated_attention(
-        self, qkv: Tensor, kv_cache: Tensor, batch: AttentionBatch, rotation: Rotation, scale: float, softcap: float, out: Tensor
-    ) -> None:
-        """rope_and_cache and attention in one, where every sequence has one new token or length 0: row s of qkv[S, (H+2K)*D] and
-        out[S, H*D] at query_start[s], at position seq_lens[s] - 1. qkv stays as it is; slot_mapping is not read. Only where
-        `rotates_decodes`."""
-        raise NotImplementedError(f"{self.name} kernels rotate apart")
 
     # logits
     @abstractmethod

@@ -22,7 +22,6 @@ class StepTensors:
     [num_blocks, 2, B, K, D], buffers: name -> workspace view whose first dimension holds at least T rows.
     wanted [R] int64: rows of the T whose hidden states are asked for, padded with any; may be empty. None: all of them.
     wanted_batches: the wanted rows that are real as a step of one token each, where they are the last ones of their sequences.
-    rotated: one token a sequence, and `Kernels.rotated_attention` is used; positions and slots are not read.
     """
 
     ids: Tensor
@@ -32,7 +31,6 @@ class StepTensors:
     buffers: Mapping[str, Tensor]
     wanted: Tensor | None = None
     wanted_batches: Sequence[AttentionBatch] | None = None
-    rotated: bool = False
 
     @property
     def num_wanted(self) -> int:

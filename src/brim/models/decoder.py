@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from brim.config.model_spec import ModelSpec, RopeSpec
-from brim.kernels.base import FoldedNorm, Kernels, Rotation
+from brim.kernels.base import FoldedNorm, Kernels
 from brim.layers.rotary import cos_sin_table
 from brim.layers.weights import NO_BLOCKS, DecoderWeights, KeptBlocks, LayerWeights, allocate_weights, weights_num_bytes
 from brim.memory.step_memory import decoder_widths
@@ -117,8 +117,6 @@ class DecoderModel(Model):
         self._rope_and_cache(index, step, qkv)
 
     def _rope_and_cache(self, index: int, step: StepTensors, qkv: Tensor) -> None:
-        if step.rotated:
-            return
         spec, layer = self.spec, self.weights.layers[index]
         self._kernels.rope_and_cache(
             qkv,
@@ -136,13 +134,8 @@ class DecoderModel(Model):
         if self._is_last(index) and not step.num_wanted:
             return
         num_tokens, spec, group = step.ids.shape[0], self.spec, self._layer_groups[index]
-        qkv, attended, batch = step.buffers["qkv"][:num_tokens], step.buffers["attention"][:num_tokens], step.batches[group]
-        if step.rotated:
-            layer, cache = self.weights.layers[index], step.kv_caches[index]
-            rotation = Rotation(self._layer_tables[index], layer.q_norm, layer.k_norm, spec.rms_norm_eps)
-            self._kernels.rotated_attention(qkv, cache, batch, rotation, spec.attention_scale, spec.attention_softcap, attended)
-            return
-        queries = qkv[:, : self._query_width]
+        queries = step.buffers["qkv"][:num_tokens, : self._query_width]
+        attended, batch = step.buffers["attention"][:num_tokens], step.batches[group]
         if self._is_last(index) and step.wanted is not None and step.wanted_batches is not None:
             batch, num_rows = step.wanted_batches[group], step.num_wanted
             gathered = attended[num_rows : 2 * num_rows]

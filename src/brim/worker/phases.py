@@ -35,7 +35,7 @@ from brim.worker.graph_capture import capture_what_fits, record
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
 from brim.worker.precompile import CompileAhead
-from brim.worker.probes import short_prompt, warm_steps, worst_steps
+from brim.worker.probes import warm_steps, worst_steps
 from brim.worker.rank_agreement import agree_on_blocks, agree_on_graphs
 from brim.worker.runner import ModelRunner
 from brim.worker.sampler import Sampler
@@ -228,7 +228,6 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         runner.warm_sizes()  # first: libraries keep what they take now, and what only passes through must not lie around it
         for arrays, rows, shape in warm_steps(limits, settings.layout.block_size, blocks, settings.spec, opened.ahead.steps):
             runner.probe(arrays, rows, shape)
-        runner.forward(short_prompt(limits, settings.layout.block_size, blocks, settings.spec.vocab_size))
         if settings.compiling.compiler is not None:  # what compiling took goes; what steps take, the worst ones take again
             opened.platform.release_unused()
     return WarmWorker(reserved, runner, inputs, sampler, workspace, plan, compiling)

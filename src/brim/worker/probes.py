@@ -40,12 +40,6 @@ def warm_steps(
         yield *_mixed(variant, width, blocks, spec.vocab_size), shape
 
 
-def short_prompt(limits: StepLimits, block_size: int, blocks: Sequence[int], vocab_size: int) -> StepArrays:
-    """A prompt of at most a block, whose last layer runs for one row."""
-    longest = min(block_size, limits.max_model_len, limits.max_num_tokens)
-    return _prefill(StepLimits(1, longest, longest), block_size, blocks, vocab_size)[0]
-
-
 def _mixed(variant: VariantStep, width: int, blocks: Sequence[int], vocab_size: int) -> tuple[StepArrays, SampleRows]:
     """Sequences at their beginning, all of them sampled."""
     num_seqs = len(variant.query_lens)

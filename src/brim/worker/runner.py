@@ -105,8 +105,7 @@ class ModelRunner:
     def _decode_body(self, num_seqs: int, all_greedy: bool) -> None:
         inputs = self._inputs
         self._resolve(num_seqs)
-        batches = inputs.batches(self._decode_shape(num_seqs))
-        hidden = self._model.forward(self._step_tensors(num_seqs, batches, rotated=self._kernels.rotates_decodes))
+        hidden = self._model.forward(self._step_tensors(num_seqs, inputs.batches(self._decode_shape(num_seqs))))
         self._sampler.sample_chunk_all(hidden, inputs.sample_rows[:num_seqs], all_greedy)
         self._remember(num_seqs)
 
@@ -170,11 +169,10 @@ class ModelRunner:
         program = None if shape else self._programs.mixed(num_tokens)
         if program is None:
             shape = shape or StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
-            rotated = shape.max_query_len == 1 and self._kernels.rotates_decodes
-            batches = self._inputs.fill(arrays, shape, rotated=rotated)
+            batches = self._inputs.fill(arrays, shape)
             self._resolve(arrays.num_seqs)
             num_wanted = None if keeps_all else self._num_wanted(num_rows, shape.num_tokens)
-            step = self._step_tensors(shape.num_tokens, batches, num_wanted, rotated=rotated)
+            step = self._step_tensors(shape.num_tokens, batches, num_wanted)
             if num_wanted and 2 * num_wanted <= num_tokens and int(arrays.sample_indices[-1]) == num_rows - 1:
                 step = replace(step, wanted_batches=self._inputs.last_tokens(num_rows, batches[0].max_seq_len))
             hidden = self._model.forward(step)
@@ -191,9 +189,7 @@ class ModelRunner:
         rounded = self._sizes.tokens.up(num_rows) if num_rows else 0
         return rounded if rounded < num_tokens and rounded <= self._max_num_seqs else None
 
-    def _step_tensors(
-        self, num_tokens: int, batches: list[AttentionBatch], num_wanted: int | None = None, *, rotated: bool = False
-    ) -> StepTensors:
+    def _step_tensors(self, num_tokens: int, batches: list[AttentionBatch], num_wanted: int | None = None) -> StepTensors:
         return StepTensors(
             ids=self._inputs.ids[:num_tokens],
             positions=self._inputs.positions[:num_tokens],
@@ -201,7 +197,6 @@ class ModelRunner:
             kv_caches=self._cache.layer_views,
             buffers=self._buffers,
             wanted=None if num_wanted is None else self._inputs.sample_rows[:num_wanted],
-            rotated=rotated,
         )
 
     def _replay(self, arrays: StepArrays, settings: SampleRows) -> bool:
@@ -213,7 +208,7 @@ class ModelRunner:
         if found is None:
             return False
         size, program = found
-        self._inputs.fill(arrays, self._decode_shape(size), rotated=self._kernels.rotates_decodes)
+        self._inputs.fill(arrays, self._decode_shape(size))
         self._sampler.set_params(settings)
         program.replay()
         return True

@@ -91,9 +91,8 @@ class StepInputs:
         """What a StepInputs of these limits holds, without building one."""
         return arrays_bytes(input_arrays(limits, num_groups, block_size))
 
-    def fill(self, step: StepArrays, padded: StepShape | None = None, *, rotated: bool = False) -> list[AttentionBatch]:
-        """Write one step into the buffers, padded to a shape where one is given; one AttentionBatch a KV group over views.
-        rotated: without positions and slots, see StepTensors."""
+    def fill(self, step: StepArrays, padded: StepShape | None = None) -> list[AttentionBatch]:
+        """Write one step into the buffers, padded to a shape where one is given; one AttentionBatch a KV group over views."""
         self._mirror.turn()
         host = self._mirror.host
         num_tokens, num_seqs = step.num_tokens, step.num_seqs
@@ -106,8 +105,7 @@ class StepInputs:
         seq_lens = np.add(starts, lens, out=host["seq_lens"][:num_seqs])
         for group, table in enumerate(step.block_tables):
             host[f"tables_{group}"][:num_seqs, : table.shape[1]] = table
-        if not rotated:
-            self._fill_places(step, starts - ends + lens, shape)
+        self._fill_places(step, starts - ends + lens, shape)
         num_rows = len(step.sample_indices)
         host["sample_rows"][:num_rows] = ends[step.sample_indices] - 1
         host["sample_rows"][num_rows:] = 0  # padding rows are read too: a row that there is
@@ -116,7 +114,7 @@ class StepInputs:
         host["sampled_rows"][:num_rows] = rows if step.rows is None else step.rows[step.sample_indices]
         if shape.num_seqs > num_seqs:
             self._pad(num_tokens, num_seqs, num_rows, shape)
-        self._upload(num_seqs, shape.num_tokens, rotated=rotated)
+        self._upload(num_seqs, shape.num_tokens)
         return self.batches(
             StepShape(shape.num_tokens, shape.num_seqs, shape.max_query_len, shape.max_seq_len or int(seq_lens.max()))
         )
@@ -130,10 +128,13 @@ class StepInputs:
         positions = host["positions"][:num_tokens]
         np.add(np.arange(num_tokens), offsets, out=positions)
         block_size = self._layout.block_size
-        block_index, offset = np.divmod(positions, block_size)
+        block_index = positions // block_size
+        offset = positions - block_index * block_size
         for group, source in enumerate(step.block_tables):
             slots = host[f"slots_{group}"]
-            slots[:num_tokens] = source[rows, block_index].astype(np.int64) * block_size + offset
+            blocks = np.take(source, rows * source.shape[1] + block_index)
+            np.multiply(blocks, block_size, out=slots[:num_tokens], dtype=np.int64)
+            slots[:num_tokens] += offset
             slots[num_tokens : shape.num_tokens] = -1
 
     def _pad(self, num_tokens: int, num_seqs: int, num_rows: int, shape: StepShape) -> None:
@@ -145,14 +146,12 @@ class StepInputs:
         host["rows"][num_seqs : shape.num_seqs] = self._nobody
         host["sampled_rows"][num_rows : shape.num_seqs] = self._nobody
 
-    def _upload(self, num_seqs: int, num_tokens: int, *, rotated: bool) -> None:
+    def _upload(self, num_seqs: int, num_tokens: int) -> None:
         mirror = self._mirror
         mirror.upload_span("query_start", "ids", num_tokens)  # copies take longer to start than to move so little
-        if not rotated:
-            mirror.upload("positions", num_tokens)
+        mirror.upload("positions", num_tokens)
         for group in range(len(self.slot_mappings)):
-            if not rotated:
-                mirror.upload(f"slots_{group}", num_tokens)
+            mirror.upload(f"slots_{group}", num_tokens)
             mirror.upload(f"tables_{group}", num_seqs)
 
     def last_tokens(self, num_seqs: int, max_seq_len: int) -> list[AttentionBatch]:

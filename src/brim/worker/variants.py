@@ -114,11 +114,7 @@ class RehearsedModel:
         self._kernels.resolve_ids(ids[:num_seqs], rows, last_ids)
         batches = [self._batch(group, num_tokens, num_seqs, max_query_len) for group in self._layout.groups]
         whole = StepTensors(ids, self._int64(num_tokens), batches, self._caches, self._buffers)
-        rotated = max_query_len == 1 and self._kernels.rotates_decodes
-        hidden = self._model.forward(replace(whole, rotated=rotated))
-        if rotated:  # the last layer of a prompt attends for its sampled rows alone, which are rotated by then
-            for segment in self._model.segments[1::2]:
-                segment.run(whole)
+        hidden = self._model.forward(whole)
         self._model.segments[-1].run(replace(whole, wanted=rows))
         self._kernels.gather_rows(hidden, rows, self._hidden[:num_seqs])
         count = min(num_seqs, self._rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from brim.kernels.base import AttentionBatch, Rotation, SamplingBatch
+from brim.kernels.base import AttentionBatch, SamplingBatch
 from brim.kernels.torch_ref import TorchKernels
 from brim.kernels.triton.kernels import TritonKernels
 from brim.kernels.triton.scratch import KernelLimits
@@ -91,38 +91,6 @@ def assert_attention(kernels: TritonKernels, shape: AttentionShape, dtype: torch
         out = rows_of(*q.shape, dtype, device, pad=8, fill=float("nan"))
         kernels.attention(q, cache, batch, scale, shape.softcap, out)
         assert_close(out, expected)
-
-
-def assert_rotated(kernels: TritonKernels, shape: AttentionShape, dtype: torch.dtype, device: str, *, normed: bool) -> None:
-    """Attention that rotates and writes new keys itself against the reference's two calls, twice; q, k and v stay as they were.
-    The place of a new key and value holds NaN before."""
-    cache, batch = attention_case(shape, dtype, device)
-    real = [seq for seq, length in enumerate(shape.seq_lens) if length]
-    flat = batch.slot_mapping // shape.block_size, batch.slot_mapping % shape.block_size
-    for part in (0, 1):
-        cache[flat[0], part, flat[1]] = float("nan")
-    heads, dim, longest = shape.heads, shape.head_dim, max(shape.seq_lens)
-    qkv = rows_of(len(shape.seq_lens), (heads + 2 * shape.kv_heads) * dim, dtype, device, pad=16)
-    angles = torch.rand(longest, dim // 2, device=device) * 6.3
-    norms = (torch.rand(dim, device=device) + 0.5, torch.rand(dim, device=device) + 0.5) if normed else (None, None)
-    rotation = Rotation(torch.cat([angles.cos(), angles.sin()], dim=1), *norms, 1e-6)
-    source, expected_cache, reference = qkv.clone(), cache.clone(), TorchKernels(device)
-    turned, positions = qkv[real].clone(), (batch.seq_lens.long() - 1)[real]
-    reference.rope_and_cache(
-        turned, positions, rotation.cos_sin, expected_cache, batch.slot_mapping, heads, rotation.q_norm, rotation.k_norm, 1e-6
-    )
-    rotated = torch.zeros(len(qkv), heads * dim, device=device)
-    rotated[real] = turned[:, : heads * dim].float()
-    expected = rows_of(*rotated.shape, torch.float32, device, fill=float("nan"))
-    scale = dim**-0.5
-    reference.attention(rotated, expected_cache.float(), batch, scale, shape.softcap, expected)
-    for _ in range(2):
-        out, written = rows_of(*rotated.shape, dtype, device, pad=8, fill=float("nan")), cache.clone()
-        kernels.rotated_attention(qkv, written, batch, rotation, scale, shape.softcap, out)
-        assert_close(out, expected)
-        assert torch.equal(written.isnan(), expected_cache.isnan())
-        assert_close(written.nan_to_num(), expected_cache.nan_to_num())
-        assert torch.equal(qkv, source)
 
 
 def padded(batch: AttentionBatch, seqs: int) -> AttentionBatch:

@@ -12,9 +12,8 @@ from brim.kernels.base import AttentionBatch
 from brim.kernels.triton.chip import Chip
 from brim.kernels.triton.kernels import TritonKernels
 from brim.kernels.triton.scratch import KernelLimits, Scratch
-from brim.kernels.triton.tuning import DECODE_PROGRAMS_PER_CORE
 
-from .helpers import AttentionShape, assert_attention, assert_rotated, attention_case, kernels_for, padded, rows_of
+from .helpers import AttentionShape, assert_attention, attention_case, kernels_for, padded, rows_of
 
 CASES = [
     AttentionShape([1], [1], 4, 1, 64),
@@ -45,32 +44,6 @@ def kernels_of(device: str, case: AttentionShape, *, chunks: bool, max_num_seqs:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention(device: str, case: AttentionShape, chunks: bool) -> None:
     assert_attention(kernels_of(device, case, chunks=chunks), case, torch.float32, device)
-
-
-ROTATED = [
-    *(case for case in CASES if max(case.query_lens) == 1),
-    AttentionShape([1] * 5, [1, 32, 33, 65, 0], 4, 2, 64),  # first tokens, and new keys that begin a tile or end one
-    AttentionShape([1, 1], [300, 2], 6, 2, 80, window=40, softcap=15.0, block_size=8),
-    AttentionShape([1] * 9, [40 + 13 * i for i in range(9)], 2, 1, 32),
-]
-
-
-@pytest.mark.parametrize("parts", [1, 3, 40])
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "head norms"])
-@pytest.mark.parametrize("case", ROTATED, ids=str)
-def test_attention_that_rotates(device: str, case: AttentionShape, normed: bool, parts: int) -> None:
-    """However the work is cut, one program has the end of a sequence: it adds the new key and writes it."""
-    kernels = kernels_for(device, case)
-    cores = -(-parts * case.kv_heads // DECODE_PROGRAMS_PER_CORE)
-    scratch = Scratch(kernels.limits, cores, torch.device(device))
-    kernels._attention = replace(kernels._attention, num_parts=parts, scratch=scratch)
-    assert_rotated(kernels, case, torch.float32, device, normed=normed)
-    assert not scratch.arrivals.any()
-
-
-def test_attention_that_rotates_in_half_precision(device: str) -> None:
-    case = AttentionShape([1, 1, 1], [70, 80, 0], 4, 2, 64)
-    assert_rotated(kernels_for(device, case), case, torch.float16, device, normed=True)
 
 
 @pytest.mark.parametrize("cores", [1, 3, 7, 20])

@@ -60,11 +60,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LENGTH, SEQS, TOKENS = 200, 20, 160
 # The most variants of a kernel, for each attention window; 1 where nothing is said.
-MOST = {"decode_attention_kernel": 2, "prefill_attention_kernel": 3, "chunk_attention_kernel": 3, "rope_and_cache_kernel": 2,
+MOST = {"prefill_attention_kernel": 3, "chunk_attention_kernel": 3, "rope_and_cache_kernel": 2,
         "pick_kernel": 2, "count_ids_kernel": 2, "matmul_kernel": 2, "gather_kernel": 3, "skinny_product_kernel": 5,
         "vector_product_kernel": 5, "hopper_product_kernel": 8}  # fmt: skip
 CHOICES = (CHOSEN, KernelChoice(dependent_launch=True), KernelChoice(dependent_launch=True, fused_row=True),
-           KernelChoice(hopper=True), replace(CHOSEN, split_norm=True))  # fmt: skip
+           KernelChoice(hopper=True), replace(CHOSEN, split_norm=False))  # fmt: skip
 
 
 def kernel_limits(spec: ModelSpec, num_seqs: int) -> KernelLimits:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from brim.kernels.base import AttentionBatch, Rotation
+from brim.kernels.base import AttentionBatch
 from brim.kernels.triton.chunk_attention import chunk_attention_kernel
 from brim.kernels.triton.decode_attention import decode_attention_kernel
 from brim.kernels.triton.launch import Launch, launch_now
@@ -74,15 +74,6 @@ class AttentionLauncher:
             tile = prefill_tile(head_dim, group, size, batch.max_query_len)
             self.launch_prefill(q, cache, batch, scale, softcap, out, tile, skip_decodes=decodes)
 
-    def launch_rotated(
-        self, qkv: Tensor, cache: Tensor, batch: AttentionBatch, rotation: Rotation, scale: float, softcap: float, out: Tensor
-    ) -> None:
-        """A step of one new token a sequence, with the rotary embedding and the write of new keys and values."""
-        assert batch.num_seqs <= self.limits.max_num_seqs, "more sequences than the kernels were made for"
-        kv_heads, head_dim = cache.shape[3], cache.shape[4]
-        tile = decode_tile(head_dim, out.shape[1] // (kv_heads * head_dim), cache.element_size())
-        self.launch_decode(qkv, cache, batch, scale, softcap, out, tile, self.num_parts, rotation)
-
     def launch_decode(
         self,
         q: Tensor,
@@ -93,24 +84,20 @@ class AttentionLauncher:
         out: Tensor,
         tile: AttentionTile,
         num_parts: int,
-        rotation: Rotation | None = None,
     ) -> None:
-        """Sequences with one new token, with this tile and so many shares of the work of a KV head. rotation: q is the product
-        of q, k and v, and there are no other sequences."""
+        """Sequences with one new token, with this tile and so many shares of the work of a KV head."""
         kv_heads, head_dim = cache.shape[3], cache.shape[4]
-        group, width = out.shape[1] // (kv_heads * head_dim), next_power_of_2(head_dim)
-        angles, q_norm, k_norm, eps, normed = _rotation_arguments(rotation, self.scratch.stats)
+        group, width = q.shape[1] // (kv_heads * head_dim), next_power_of_2(head_dim)
         group_pad = next_power_of_2(group)
         together = max(1, min(next_power_of_2(num_parts), _COMBINE_ELEMENTS // (group_pad * width)))
         scratch = self.scratch
         self.start(
             decode_attention_kernel, (num_parts * kv_heads,), q, cache, out, batch.block_tables, batch.query_start,
-            batch.seq_lens, scratch.sums, scratch.stats, scratch.arrivals, angles, q_norm, k_norm,
-            *_factors(scale, softcap), eps, batch.num_seqs, q.stride(0), out.stride(0), batch.block_tables.stride(0),
-            angles.stride(0), *cache.stride()[:4], PARTS=num_parts,
+            batch.seq_lens, scratch.sums, scratch.stats, scratch.arrivals, *_factors(scale, softcap), batch.num_seqs,
+            q.stride(0), out.stride(0), batch.block_tables.stride(0), *cache.stride()[:4], PARTS=num_parts,
             SEQS_PAD=self._seqs_pad, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=group_pad, D=head_dim, D_PAD=width,
             ROWS=tile.rows, KEYS=tile.keys, TOGETHER=together, BLOCK_SIZE=batch.block_size, WINDOW=batch.window,
-            SOFTCAP=softcap > 0, ROTATED=rotation is not None, NORMED=normed, num_warps=tile.warps, num_stages=tile.stages,
+            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def launch_chunk(
@@ -166,16 +153,6 @@ class AttentionLauncher:
     @property
     def _seqs_pad(self) -> int:
         return next_power_of_2(self.limits.max_num_seqs)
-
-
-def _rotation_arguments(rotation: Rotation | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, float, bool]:
-    """Angles, norms of q and k, their eps and whether there are norms. unused: for a pointer nothing reads through."""
-    if rotation is None:
-        return unused, unused, unused, 0.0, False
-    if rotation.q_norm is None or rotation.k_norm is None:
-        assert rotation.q_norm is rotation.k_norm, "one of two head norms"
-        return rotation.cos_sin, unused, unused, 0.0, False
-    return rotation.cos_sin, rotation.q_norm, rotation.k_norm, rotation.eps, True
 
 
 def _factors(scale: float, softcap: float) -> tuple[float, float]:

@@ -22,4 +22,4 @@ class KernelChoice:
     split_norm: bool = False
 
 
-CHOSEN = KernelChoice(dependent_launch=True, fused_row=True, hopper=True)
+CHOSEN = KernelChoice(dependent_launch=True, fused_row=True, hopper=True, split_norm=True)

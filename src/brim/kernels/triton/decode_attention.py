@@ -5,10 +5,6 @@ sequence is thereby spread over many programs and several short ones share one, 
 crosses a border its parts go to scratch, at most two a program, and the program that finishes last puts them together. While
 there is little work and programs enough, every sequence begins a share: two in a program cost more than an idle program.
 Sequences with more than one new token count no tiles here: prefill attention owns them.
-
-In a step of decodes alone the kernel takes the product of q, k and v as it is (ROTATED): every program turns the queries it
-needs, and the one that has a sequence's last tile adds the new key from registers and writes it and its value to the cache. No
-kernel of its own is left for that, and no cached key waits for it.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -67,115 +63,27 @@ def _cut(
 
 
 @triton.jit
-def _load_keys(
-    cache, table, tile, length, cached, stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+def _attend(
+    q, cache, table, length, begin, stop, inner, outer,
+    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a tile [KEYS, D_PAD], and which of them are seen: those before position `cached`."""
-    keys = tile * KEYS + tl.arange(0, KEYS)
-    visible = keys < cached
-    if WINDOW:
-        visible = visible & (keys >= length - WINDOW)
-    at = tile_pointers(cache, table, keys, visible, stride_block, stride_token, BLOCK_SIZE, D_PAD, True)
-    return load_tile(at, visible, D, D_PAD, True), load_tile(at + stride_kv, visible, D, D_PAD, True), visible
-
-
-@triton.jit
-def _fold(q, k, v, visible, acc, top, total, inner, outer, SOFTCAP: tl.constexpr):
-    """A tile into the running sums."""
-    scores = scaled_scores(q, k.to(q.dtype), inner, outer, SOFTCAP)
-    scores = tl.where(visible[None, :], scores, float("-inf"))
-    return softmax_step(scores, v.to(q.dtype), acc, top, total, True)
-
-
-@triton.jit
-def _angles(cos_sin, D: tl.constexpr, D_PAD: tl.constexpr):
-    """cos and sin [D_PAD] that a head's elements and those half a head away are multiplied by."""
-    col = tl.arange(0, D_PAD)
-    angle = tl.where(col < D // 2, col, col - D // 2)
-    cos = tl.load(cos_sin + angle, mask=col < D, other=0.0)
-    sin = tl.load(cos_sin + D // 2 + angle, mask=col < D, other=0.0)
-    return cos, tl.where(col < D // 2, -sin, sin)
-
-
-@triton.jit
-def _turned(rows, inside, cos, sin, norm, eps, D: tl.constexpr, D_PAD: tl.constexpr, NORMED: tl.constexpr):
-    """Heads [rows, D] at the addresses `rows` [rows, 1], normed where asked, turned by `_angles`, rounded. As
-    `rope_and_cache_kernel` does it, with both halves of a head in one row."""
-    col = tl.arange(0, D_PAD)
-    other = tl.where(col < D // 2, col + D // 2, col - D // 2)
-    x = tl.load(rows + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(rows + other[None, :], mask=inside, other=0.0).to(tl.float32)
-    if NORMED:
-        factor = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps))[:, None]
-        x = x * factor * tl.load(norm + col, mask=col < D, other=0.0)[None, :]
-        y = y * factor * tl.load(norm + other, mask=col < D, other=0.0)[None, :]
-    turned = x * cos[None, :] + y * sin[None, :]
-    return turned.to(rows.dtype.element_ty)
-
-
-@triton.jit
-def _add_key(q, k, v, acc, top, total, inner, outer, SOFTCAP: tl.constexpr):
-    """Fold one key and value [1, D_PAD] into the running sums."""
-    scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
-    if SOFTCAP:
-        scores = 2.0 / (1.0 + tl.exp(-2.0 * inner * scores)) - 1.0
-    scores *= outer
-    new_top = tl.maximum(top, scores)
-    weights, shrink = tl.exp2(scores - new_top), tl.exp2(top - new_top)
-    acc = acc * shrink[:, None] + weights.to(v.dtype).to(tl.float32)[:, None] * v.to(tl.float32)
-    return acc, new_top, total * shrink + weights
-
-
-@triton.jit
-def _fold_tiles(
-    q, acc, top, total, cache, table, length, cached, begin, stop, inner, outer,
-    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Tiles begin..stop of one sequence into the running sums."""
+    """The running sums of tiles begin..stop of one sequence."""
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     for tile in tl.range(begin, stop):
-        k, v, visible = _load_keys(
-            cache, table, tile, length, cached, stride_block, stride_kv, stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW
-        )
-        acc, top, total = _fold(q, k, v, visible, acc, top, total, inner, outer, SOFTCAP)
-    return acc, top, total
-
-
-@triton.jit
-def _attend_rotated(
-    q, new, cache, table, length, begin, stop, ends, acc, top, total, cos_sin, q_norm, k_norm, inner, outer, eps,
-    stride_block, stride_kv: tl.constexpr, stride_token: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Tiles begin..stop of one sequence into the running sums, for the queries [G, D] at q; where the sequence `ends` here, also
-    the key at `new`, which goes to the cache. What the cache holds lies there since earlier steps: the first tile is asked for
-    before the wait."""
-    row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    last = tl.maximum(length - 1, 0)
-    k, v, visible = _load_keys(
-        cache, table, begin, length, last, stride_block, stride_kv, stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW
-    )
-    cos, sin = _angles(cos_sin, D, D_PAD)
-    block = tl.load(table + last // BLOCK_SIZE, mask=ends, other=0).to(tl.int64)
-    wait_for_earlier(PDL)
-    inside = (row < GROUP)[:, None] & (col < D)[None, :]
-    written = ends & (col < D)[None, :]
-    new_rows = new + tl.arange(0, 1)[:, None]
-    new_k = _turned(new_rows, written, cos, sin, k_norm, eps, D, D_PAD, NORMED)
-    new_v = tl.load(new_rows + KV_HEADS * D + col[None, :], mask=written, other=0.0)
-    group = _turned(q + row[:, None] * D, inside, cos, sin, q_norm, eps, D, D_PAD, NORMED)
-    acc, top, total = _fold(group, k, v, visible, acc, top, total, inner, outer, SOFTCAP)
-    acc, top, total = _fold_tiles(
-        group, acc, top, total, cache, table, length, last, begin + 1, stop, inner, outer, stride_block, stride_kv, stride_token,
-        D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
-    )  # fmt: skip
-    if ends:
-        acc, top, total = _add_key(group, new_k, new_v, acc, top, total, inner, outer, SOFTCAP)
-        at = cache + block * stride_block + last % BLOCK_SIZE * stride_token + col[None, :]
-        tl.store(at, new_k.to(cache.dtype.element_ty), mask=written)
-        tl.store(at + stride_kv, new_v.to(cache.dtype.element_ty), mask=written)
+        keys = tile * KEYS + tl.arange(0, KEYS)
+        visible = keys < length
+        if WINDOW:
+            visible = visible & (keys >= length - WINDOW)
+        at = tile_pointers(cache, table, keys, visible, stride_block, stride_token, BLOCK_SIZE, D_PAD, True)
+        k = load_tile(at, visible, D, D_PAD, True).to(q.dtype)
+        v = load_tile(at + stride_kv, visible, D, D_PAD, True).to(q.dtype)
+        scores = scaled_scores(q, k, inner, outer, SOFTCAP)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        acc, top, total = softmax_step(scores, v, acc, top, total, True)
     return acc, top, total
 
 
@@ -272,26 +180,24 @@ def _ask_ahead(
 
 @triton.jit(do_not_specialize=["num_seqs", "stride_table"], do_not_specialize_on_alignment=["tables", "query_start", "seq_lens"])
 def decode_attention_kernel(
-    q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, cos_sin, q_norm, k_norm, inner, outer, eps, num_seqs,
-    stride_q, stride_out, stride_table, stride_angles, stride_block, stride_kv: tl.constexpr,
+    q, cache, out, tables, query_start, seq_lens, sums, stats, arrivals, inner, outer, num_seqs,
+    stride_q, stride_out, stride_table, stride_block, stride_kv: tl.constexpr,
     stride_token: tl.constexpr, stride_head: tl.constexpr,
     PARTS: tl.constexpr, SEQS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TOGETHER: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, NORMED: tl.constexpr,
-    PDL: tl.constexpr = False,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (PARTS * KV_HEADS): neighbours take the heads of the same share, whose rows of the cache lie side by side. Lengths
-    are the step's input, which no kernel writes: the work is cut before the wait. ROTATED: q is the product of q, k and v, and
-    every sequence with a length has one new token, at its end."""
+    are the step's input, which no kernel writes: the work is cut before the wait."""
     let_next_start(PDL)
     head, part = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     share, apart, tile, stop, seq, before = _cut(query_start, seq_lens, num_seqs, part, PARTS, SEQS_PAD, KEYS, WINDOW)
     row, col = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     inside = (row < GROUP)[:, None] & (col < D)[None, :]
-    cache += head * stride_head
+    cell = row[:, None] * D + col[None, :]
     if PDL:
         _ask_ahead(
-            cache, tables, seq_lens, seq, tile - before + ROTATED, tile + ROTATED < stop, stride_table, stride_block, stride_kv,
+            cache + head * stride_head, tables, seq_lens, seq, tile - before, tile < stop, stride_table, stride_block, stride_kv,
             stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW,
         )  # fmt: skip
     while tile < stop:
@@ -301,28 +207,14 @@ def decode_attention_kernel(
         count = _on_line(real_count, share, apart)
         here = tl.minimum(stop, before + count)
         if here > tile:
-            acc = tl.zeros([ROWS, D_PAD], tl.float32)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            first = _first_tile(length, KEYS, WINDOW) - before
-            begin, end = first + tile, first + tl.minimum(here, before + real_count)
-            table = tables + seq.to(tl.int64) * stride_table
-            rows = q + token * stride_q + head * (GROUP * D)
-            if ROTATED:
-                ends = (length > 0) & (tile < before + real_count) & (here >= before + real_count)
-                acc, top, total = _attend_rotated(
-                    rows, q + token * stride_q + (KV_HEADS * GROUP + head) * D, cache, table, length, begin, end, ends,
-                    acc, top, total, cos_sin + tl.maximum(length - 1, 0).to(tl.int64) * stride_angles, q_norm, k_norm,
-                    inner, outer, eps, stride_block, stride_kv, stride_token, KV_HEADS, GROUP, D, D_PAD, ROWS, KEYS,
-                    BLOCK_SIZE, WINDOW, SOFTCAP, NORMED, PDL,
-                )  # fmt: skip
-            else:
-                wait_for_earlier(PDL)
-                group = tl.load(rows + row[:, None] * D + col[None, :], mask=inside, other=0.0)
-                acc, top, total = _fold_tiles(
-                    group, acc, top, total, cache, table, length, length, begin, end, inner, outer, stride_block, stride_kv,
-                    stride_token, D, D_PAD, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
-                )  # fmt: skip
+            offset = _first_tile(length, KEYS, WINDOW) - before
+            wait_for_earlier(PDL)  # again for each sequence, which costs nothing
+            group = tl.load(q + token * stride_q + head * (GROUP * D) + cell, mask=inside, other=0.0)
+            acc, top, total = _attend(
+                group, cache + head * stride_head, tables + seq.to(tl.int64) * stride_table, length, offset + tile,
+                offset + tl.minimum(here, before + real_count), inner, outer, stride_block, stride_kv, stride_token,
+                D, D_PAD, ROWS, KEYS, BLOCK_SIZE, WINDOW, SOFTCAP,
+            )  # fmt: skip
             _finish(
                 acc, top, total, out + token * stride_out + head * (GROUP * D), inside, sums, stats,
                 arrivals + seq * KV_HEADS + head, part, head, before, count, share, KV_HEADS, GROUP, GROUP_PAD, D, D_PAD, ROWS,

@@ -17,7 +17,7 @@ from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 
 from brim.config.model_spec import ModelSpec
-from brim.kernels.base import Activation, AttentionBatch, FoldedNorm, Kernels, LinearWeight, Rotation, SamplingBatch
+from brim.kernels.base import Activation, AttentionBatch, FoldedNorm, Kernels, LinearWeight, SamplingBatch
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher, PrefillLauncher
@@ -62,7 +62,6 @@ class TritonKernels(Kernels):
     name = "triton"
     can_capture = True
     plain_weights = True
-    rotates_decodes = True
 
     def __init__(
         self,
@@ -309,11 +308,6 @@ class TritonKernels(Kernels):
         """See the contract. Sequences with one new token go through split-KV attention, the others through prefill
         attention, in any mix and order; rows of sequences of length 0 are written as zeros."""
         self._attention.launch(q, kv_cache, batch, scale, softcap, out)
-
-    def rotated_attention(
-        self, qkv: Tensor, kv_cache: Tensor, batch: AttentionBatch, rotation: Rotation, scale: float, softcap: float, out: Tensor
-    ) -> None:
-        self._attention.launch_rotated(qkv, kv_cache, batch, rotation, scale, softcap, out)
 
     # logits
     def penalize(
