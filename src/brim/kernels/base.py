@@ -116,6 +116,49 @@ class SamplingBatch:
     all_greedy: bool
 
 
+@dataclass(frozen=True, slots=True)
+class HostFeed:
+    """Inputs and results of decode steps in page-locked host memory, which the device reads and writes itself: N sets for M rows.
+    Steps take one set after the other, so N may be in flight.
+
+    A copy of a few bytes before a captured step, and one after it, take the device longer than a short kernel.
+
+    turn [2] int32, on the device: the set of the next step, and how many rows of the present one have ended.
+    ids, rows, seeds [N, M] int64, seq_lens, top_k [N, M] int32, temperature, top_p, min_p [N, M] float32: what the host says of
+      each row, see `Kernels.resolve_ids`, AttentionBatch and SamplingBatch; length 0: padding. tables: [N, M, blocks] int32 a
+      KV group.
+    sampled [N, M] int64: what comes back, -1 for a row whose hidden state is not finite.
+    """
+
+    turn: Tensor
+    ids: Tensor
+    rows: Tensor
+    seeds: Tensor
+    seq_lens: Tensor
+    top_k: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    tables: tuple[Tensor, ...]
+    sampled: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FedStep:
+    """A decode step of S rows on the device, see AttentionBatch: ids, rows, positions [S] int64, seq_lens [S] int32; slots [S]
+    int64 and tables [S, blocks] int32, one a KV group; last_ids: the last one sampled for each of the rows there are."""
+
+    ids: Tensor
+    rows: Tensor
+    positions: Tensor
+    seq_lens: Tensor
+    slots: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...]
+    sampling: SamplingBatch
+    last_ids: Tensor
+    block_size: int
+
+
 class RecordedProgram(Protocol):
     """Kernel calls recorded over static buffers, run again as one."""
 
@@ -242,6 +285,38 @@ class Kernels(ABC):
     def remember_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
         """last_ids[rows[i] int64] = ids[i]; rows that repeat hold padding."""
         last_ids.index_copy_(0, rows, ids)
+
+    # decode steps that read host memory, see `HostFeed`
+    def begin_decodes(self, feed: HostFeed, step: FedStep) -> None:
+        """What the set whose turn it is says of the step's rows: ids (resolved, see resolve_ids), rows, lengths, tables as far as
+        the length goes, sampling parameters (position: the length); with them positions (length - 1, at least 0) and slots
+        (-1 for padding)."""
+        turn, count = int(feed.turn[0]), len(step.ids)
+        step.ids.copy_(feed.ids[turn, :count])
+        step.rows.copy_(feed.rows[turn, :count])
+        self.resolve_ids(step.ids, step.rows, step.last_ids)
+        step.seq_lens.copy_(feed.seq_lens[turn, :count])
+        torch.sub(step.seq_lens, 1, out=step.positions).clamp_(min=0)
+        sampling = step.sampling
+        sampling.seed.copy_(feed.seeds[turn, :count])
+        sampling.position.copy_(step.seq_lens)
+        for name in ("top_k", "temperature", "top_p", "min_p"):
+            getattr(sampling, name).copy_(getattr(feed, name)[turn, :count])
+        for source, table, slots in zip(feed.tables, step.tables, step.slots, strict=True):
+            for row, length in enumerate(step.seq_lens.tolist()):
+                used = -(-length // step.block_size)
+                table[row, :used] = source[turn, row, :used]
+            last = step.positions // step.block_size
+            slots.copy_(table.gather(1, last[:, None])[:, 0] * step.block_size + step.positions % step.block_size)
+            slots[step.seq_lens == 0] = -1
+
+    def end_decodes(self, feed: HostFeed, step: FedStep, hidden: Tensor, ids: Tensor) -> None:
+        """ids[S] int64, sampled from hidden[S, N], go to the host and to last_ids; the turn goes to the next set."""
+        turn = int(feed.turn[0])
+        self.remember_ids(ids, step.rows, step.last_ids)
+        finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))
+        feed.sampled[turn, : len(ids)].copy_(torch.where(finite, ids, -1))
+        feed.turn[0] = (turn + 1) % len(feed.ids)
 
     # attention
     @abstractmethod

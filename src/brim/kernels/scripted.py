@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from brim.kernels.base import Activation, AttentionBatch, Kernels, LinearWeight, SamplingBatch
+from brim.kernels.base import Activation, AttentionBatch, FedStep, HostFeed, Kernels, LinearWeight, SamplingBatch
 from brim.platforms.scenario import Work
 
 
@@ -67,6 +67,12 @@ class ScriptedKernels(Kernels):
         """Nothing of interest."""
 
     def remember_ids(self, ids: Tensor, rows: Tensor, last_ids: Tensor) -> None:
+        """Nothing of interest."""
+
+    def begin_decodes(self, feed: HostFeed, step: FedStep) -> None:
+        """Nothing of interest."""
+
+    def end_decodes(self, feed: HostFeed, step: FedStep, hidden: Tensor, ids: Tensor) -> None:
         """Nothing of interest."""
 
     def rope_and_cache(

@@ -81,7 +81,9 @@ def input_arrays(limits: StepLimits, num_groups: int, block_size: int) -> dict[s
     tokens, seqs = limits.max_num_tokens, limits.max_num_seqs
     blocks = ceil_div(limits.max_model_len, block_size)
     arrays: dict[str, tuple[int, ...]] = {
+        "turn": (4, 2),
         "one_each": (4, seqs + 1),
+        "row_numbers": (8, seqs),
         "query_start": (4, seqs + 1),
         "seq_lens": (4, seqs),
         "sample_rows": (8, seqs),

@@ -39,6 +39,7 @@ class Capabilities:
     over_allocation_kills: bool  # never probe by allocating: the process or the device is lost instead of an error
     async_tokens: bool  # work is queued; the next step reads sampled ids on the device
     dtypes: tuple[str, ...]  # computed natively, best first
+    mapped_host: bool = False  # kernels read and write page-locked host memory where it lies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,6 +94,7 @@ class CudaPlatform(TorchPlatform):
             cap_enforced=True,
             over_allocation_kills=self._is_wsl or self._is_integrated,
             async_tokens=True,
+            mapped_host=True,
             dtypes=("bfloat16", "float16", "float32") if native_bf16 else ("float16", "float32"),
         )
 

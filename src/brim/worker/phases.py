@@ -31,6 +31,7 @@ from brim.parallel.ranks import OneRank, Ranks
 from brim.platforms.base import Platform
 from brim.units import MIB, format_bytes
 from brim.worker.compile_choice import CompileChoice, compile_model
+from brim.worker.decode_feed import DecodeFeed
 from brim.worker.graph_capture import capture_what_fits, record
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
@@ -214,7 +215,9 @@ def warm(reserved: ReservedWorker) -> WarmWorker:
         in_flight, kernels = settings.pipeline_depth, opened.kernels
         inputs = StepInputs(limits, settings.layout, device, in_flight)
         sampler = Sampler(kernels, model, limits, logits, settings.sizes.rows, opened.platform.mark, in_flight)
-        runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers, settings.sizes, kernels, in_flight > 1)
+        mark, fed = opened.platform.mark, in_flight > 1 and opened.platform.capabilities.mapped_host
+        feed = DecodeFeed(kernels, settings.layout, inputs, sampler, mark, in_flight) if fed else None
+        runner = ModelRunner(model, reserved.cache, inputs, sampler, buffers, settings.sizes, kernels, in_flight > 1, feed)
         scope.add("buffers", "step inputs", inputs.num_bytes)
         scope.add("buffers", "sampler", sampler.num_bytes)
         scope.add("workspace", "step workspace", plan.num_bytes)

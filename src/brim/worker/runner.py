@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from brim.engine.sequence import Sequence
@@ -16,6 +17,7 @@ from brim.engine.step import StepPlan, StepResult, TokenLogprobs
 from brim.kernels.base import AttentionBatch, Kernels
 from brim.models.base import Model, StepTensors
 from brim.units import ceil_div
+from brim.worker.decode_feed import DecodeFeed
 from brim.worker.graph_choice import GraphChoice
 from brim.worker.kv_cache import KVCache
 from brim.worker.programs import Capture, StepPrograms
@@ -37,10 +39,11 @@ class ModelRunner:
         sizes: StepSizes,
         kernels: Kernels,
         tokens_on_device: bool = False,
+        feed: DecodeFeed | None = None,
     ) -> None:
-        """tokens_on_device: steps may read ids that the host does not know yet."""
+        """tokens_on_device: steps may read ids that the host does not know yet. feed: captured decode steps read the host."""
         self._kernels = kernels
-        self._tokens_on_device = tokens_on_device
+        self._tokens_on_device, self._feed = tokens_on_device, feed
         self._model = model
         self._cache = cache
         self._inputs = inputs
@@ -103,9 +106,15 @@ class ModelRunner:
         return StepShape(num_seqs, num_seqs, 1, self._inputs.max_model_len)
 
     def _decode_body(self, num_seqs: int, all_greedy: bool) -> None:
-        inputs = self._inputs
+        inputs, feed, shape = self._inputs, self._feed, self._decode_shape(num_seqs)
+        if feed is not None:
+            feed.begin(num_seqs)
+            hidden = self._model.forward(self._step_tensors(num_seqs, inputs.batches(shape, inputs.one_each)))
+            self._sampler.sample_chunk_all(hidden, inputs.row_numbers[:num_seqs], all_greedy)
+            feed.end(num_seqs)
+            return
         self._resolve(num_seqs)
-        hidden = self._model.forward(self._step_tensors(num_seqs, inputs.batches(self._decode_shape(num_seqs))))
+        hidden = self._model.forward(self._step_tensors(num_seqs, inputs.batches(shape)))
         self._sampler.sample_chunk_all(hidden, inputs.sample_rows[:num_seqs], all_greedy)
         self._remember(num_seqs)
 
@@ -137,12 +146,13 @@ class ModelRunner:
         num_rows = len(plan.sample_indices)
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-        if not self._replay(arrays, settings):
+        read = self._replay(arrays, settings)
+        if read is None:
             hidden, rows = self.forward(arrays, keeps_all=bool(plan.prompt_logprob_indices))
             prompt_logprobs = {i: self._score_prompt(plan, i, hidden) for i in plan.prompt_logprob_indices}
             if num_rows:
                 logprobs = self._sample(hidden, rows, settings)
-        read = self._sampler.start_read(num_rows)
+            read = self._sampler.start_read(num_rows)
 
         def wait() -> StepResult:
             ids = read()
@@ -199,27 +209,31 @@ class ModelRunner:
             wanted=None if num_wanted is None else self._inputs.sample_rows[:num_wanted],
         )
 
-    def _replay(self, arrays: StepArrays, settings: SampleRows) -> bool:
-        """Run the step as a captured one where it is a plain decode of every sequence; False where it is not."""
+    def _replay(self, arrays: StepArrays, settings: SampleRows) -> Callable[[], NDArray[np.int64]] | None:
+        """Queue the step as a captured one where it is a plain decode of every sequence, see `Sampler.start_read`; else None."""
         num_seqs = arrays.num_seqs
         if arrays.num_tokens != num_seqs or len(arrays.sample_indices) != num_seqs or settings.special:
-            return False
+            return None
         found = self._programs.decode(num_seqs, not np.any(settings.temperature))
         if found is None:
-            return False
+            return None
         size, program = found
+        if self._feed is not None:
+            return self._feed.run(arrays, settings, size, program)
         self._inputs.fill(arrays, self._decode_shape(size))
         self._sampler.set_params(settings)
         program.replay()
-        return True
+        return self._sampler.start_read(num_seqs)
 
     def probe(self, arrays: StepArrays, settings: SampleRows, shape: StepShape | None = None) -> None:
         """Run a fabricated step to its end, sampling included (warm, measure and prove), padded to a shape where one is given.
 
         All rows are kept: no step of so many tokens does more."""
-        if shape is not None or not self._replay(arrays, settings):
+        read = self._replay(arrays, settings) if shape is None else None
+        if read is None:
             self._sample(*self.forward(arrays, shape, keeps_all=True), settings)
-        self._sampler.start_read(len(arrays.sample_indices))()
+            read = self._sampler.start_read(len(arrays.sample_indices))
+        read()
 
     def _score_prompt(self, plan: StepPlan, index: int, hidden: Tensor) -> list[TokenLogprobs]:
         sequence = plan.sequences[index]

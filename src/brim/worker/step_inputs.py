@@ -73,7 +73,9 @@ class StepInputs:
         self.ids = on_device["ids"]
         self.positions = on_device["positions"]
         self.query_start = on_device["query_start"]
-        self._one_each = torch.arange(limits.max_num_seqs + 1, out=on_device["one_each"])
+        self.turn = on_device["turn"]
+        self.one_each = torch.arange(limits.max_num_seqs + 1, out=on_device["one_each"])
+        self.row_numbers = torch.arange(limits.max_num_seqs, out=on_device["row_numbers"])
         self.seq_lens = on_device["seq_lens"]
         self.sample_rows = on_device["sample_rows"]
         self.rows = on_device["rows"]
@@ -156,7 +158,7 @@ class StepInputs:
 
     def last_tokens(self, num_seqs: int, max_seq_len: int) -> list[AttentionBatch]:
         """The step that is filled, with the last token alone of each of the first num_seqs sequences."""
-        return self.batches(StepShape(num_seqs, num_seqs, 1, max_seq_len), self._one_each)
+        return self.batches(StepShape(num_seqs, num_seqs, 1, max_seq_len), self.one_each)
 
     def batches(self, shape: StepShape, query_start: torch.Tensor | None = None) -> list[AttentionBatch]:
         """Views of the buffers for a step of this shape, one a KV group. query_start: another than the one that is filled."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brim.config.model_spec import ModelSpec
 from brim.config.schema import MAX_LOGPROBS
-from brim.kernels.base import AttentionBatch, Kernels, SamplingBatch
+from brim.kernels.base import AttentionBatch, FedStep, HostFeed, Kernels, SamplingBatch
 from brim.kernels.rehearsal import Rehearsal
 from brim.memory.kv_layout import KVGroup, KVLayout
 from brim.memory.step_memory import StepLimits, logit_rows
@@ -111,6 +111,8 @@ class RehearsedModel:
         limits = self._limits
         ids, rows = self._int64(num_tokens), self._int64(num_seqs)
         last_ids = self._int64(limits.max_num_seqs + 1)
+        if max_query_len == 1:
+            self._feed(num_seqs)
         self._kernels.resolve_ids(ids[:num_seqs], rows, last_ids)
         batches = [self._batch(group, num_tokens, num_seqs, max_query_len) for group in self._layout.groups]
         whole = StepTensors(ids, self._int64(num_tokens), batches, self._caches, self._buffers)
@@ -134,17 +136,36 @@ class RehearsedModel:
             logits, self._int64(count), self._empty((count,), torch.float32), self._int64(count), best_ids, best
         )
 
-    def _batch(self, group: KVGroup, num_tokens: int, num_seqs: int, max_query_len: int) -> AttentionBatch:
+    def _feed(self, num_seqs: int) -> None:
+        """Both ends of a captured decode step."""
+        limits, rows = self._limits, self._int64(num_seqs)
+        tables = tuple(self._tables() for _ in self._layout.groups)
+        sampling = self._params(limits.max_num_seqs, all_greedy=False)
+        long, floats = self._int64(limits.max_num_seqs)[None], sampling.temperature[None]
+        feed = HostFeed(
+            self._empty((2,), torch.int32), long, long, long, sampling.top_k[None], sampling.top_k[None], floats, floats, floats,
+            tuple(table[None] for table in tables), long,
+        )  # fmt: skip
+        slots, used = (rows,) * len(tables), tuple(table[:num_seqs] for table in tables)
+        sampling, lens = self._params(num_seqs, all_greedy=False), self._empty((num_seqs,), torch.int32)
+        last_ids = self._int64(limits.max_num_seqs + 1)
+        step = FedStep(rows, rows, rows, lens, slots, used, sampling, last_ids, self._layout.block_size)
+        self._kernels.begin_decodes(feed, step)
+        self._kernels.end_decodes(feed, step, self._hidden[:num_seqs], rows)
+
+    def _tables(self) -> Tensor:
         limits = self._limits
-        width = ceil_div(limits.max_model_len, self._layout.block_size)
+        return self._empty((limits.max_num_seqs, ceil_div(limits.max_model_len, self._layout.block_size)), torch.int32)
+
+    def _batch(self, group: KVGroup, num_tokens: int, num_seqs: int, max_query_len: int) -> AttentionBatch:
         return AttentionBatch(
-            block_tables=self._empty((limits.max_num_seqs, width), torch.int32)[:num_seqs],
+            block_tables=self._tables()[:num_seqs],
             slot_mapping=self._int64(num_tokens),
             query_start=self._empty((num_seqs + 1,), torch.int32),
             seq_lens=self._empty((num_seqs,), torch.int32),
             num_seqs=num_seqs,
             max_query_len=max_query_len,
-            max_seq_len=limits.max_model_len,
+            max_seq_len=self._limits.max_model_len,
             block_size=self._layout.block_size,
             window=group.window,
         )

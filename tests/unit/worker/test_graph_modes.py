@@ -58,7 +58,7 @@ def _stored(name: str) -> Any:
 
 
 for _name in ("linear", "embed", "rms_norm", "add_rms_norm", "gated_activation", "gather_rows", "rope_and_cache", "attention",
-              "sample", "resolve_ids", "remember_ids"):  # fmt: skip
+              "sample", "resolve_ids", "remember_ids", "begin_decodes", "end_decodes"):  # fmt: skip
     setattr(StoredKernels, _name, _stored(_name))
 
 
@@ -78,9 +78,10 @@ class StoredGraph:
 class StoringPlatform(FakePlatform):
     """A scripted accelerator with graphs."""
 
-    def __init__(self, kernels: StoredKernels, async_tokens: bool) -> None:
+    def __init__(self, kernels: StoredKernels, async_tokens: bool, mapped_host: bool = False) -> None:
         super().__init__(FakeDevice(total_bytes=2 << 30))
         self.capabilities = replace(self.capabilities, graphs=True, graph_modes=MODES, async_tokens=async_tokens)
+        self.capabilities = replace(self.capabilities, mapped_host=mapped_host)
         self._kernels = kernels
 
     @contextmanager
@@ -110,11 +111,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def start(model: Path, async_tokens: bool = False, **settings: Any) -> tuple[DeviceWorker, StoredKernels]:
+def start(
+    model: Path, async_tokens: bool = False, mapped_host: bool = False, **settings: Any
+) -> tuple[DeviceWorker, StoredKernels]:
     kernels = StoredKernels()
     flags = {"model": str(model), "load_format": "dummy", "dtype": "float32", "max_model_len": LENGTH, "max_num_seqs": SEQS}
     config = resolve({**flags, "max_num_batched_tokens": TOKENS, "memory": "1200MiB", **settings})
-    platform = StoringPlatform(kernels, async_tokens)
+    platform = StoringPlatform(kernels, async_tokens, mapped_host)
     if config.device.arena == "static":
         platform.restrict(reserve_commit=False, arena_backend="static")
     worker = start_worker(config, platform, lambda _: kernels, open_model(config.model), lambda p: None)
@@ -162,13 +165,17 @@ def eager(model: Path) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize(("arena", "async_tokens"), [("auto", False), ("auto", True), ("static", True)])
+@pytest.mark.parametrize(
+    ("arena", "async_tokens", "mapped_host"),
+    [("auto", False, False), ("auto", True, False), ("static", True, False), ("auto", True, True)],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_tokens_of_eager_steps(
-    mode: GraphMode, arena: str, async_tokens: bool, model: Path, eager: list[list[int]]
+    mode: GraphMode, arena: str, async_tokens: bool, mapped_host: bool, model: Path, eager: list[list[int]]
 ) -> None:
-    """Also where two steps are in flight and the second one reads ids that the host does not know yet."""
-    worker, kernels = start(model, async_tokens, graph_mode=mode, arena=arena)
+    """Also where two steps are in flight and the second one reads ids that the host does not know yet, and where captured steps
+    read the host's memory and write to it."""
+    worker, kernels = start(model, async_tokens, mapped_host, graph_mode=mode, arena=arena)
     assert worker.ready.warm.reserved.loaded.opened.settings.pipeline_depth == 1 + async_tokens
     assert (worker.num_programs > 0) == (mode != "NONE")
     before = kernels.num_calls

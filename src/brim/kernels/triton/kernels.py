@@ -17,13 +17,14 @@ from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 
 from brim.config.model_spec import ModelSpec
-from brim.kernels.base import Activation, AttentionBatch, FoldedNorm, Kernels, LinearWeight, SamplingBatch
+from brim.kernels.base import Activation, AttentionBatch, FedStep, FoldedNorm, HostFeed, Kernels, LinearWeight, SamplingBatch
 from brim.kernels.torch_ref import TorchLinearWeight
 from brim.kernels.triton import dense
 from brim.kernels.triton.attention import AttentionLauncher, PrefillLauncher
 from brim.kernels.triton.cache_folder import replace_unwritable_cache
 from brim.kernels.triton.chip import Chip, chip_of
 from brim.kernels.triton.choice import CHOSEN, KernelChoice
+from brim.kernels.triton.feed_launcher import FeedLauncher
 from brim.kernels.triton.launch import Launch, depending, launch_now
 from brim.kernels.triton.logprobs import count_ids_kernel, penalize_kernel, top_logprobs_kernel
 from brim.kernels.triton.matmul import matmul_kernel
@@ -84,7 +85,7 @@ class TritonKernels(Kernels):
         self.choice = choice
         launch = depending(launch) if choice.dependent_launch and self.chip.dependent_launch else launch
         self._launch = launch
-        self._products = ProductLauncher(launch)
+        self._products, self._feed = ProductLauncher(launch), FeedLauncher(launch)
         self._scratch = Scratch(limits, self.chip.num_cores, self.device)
         on_hopper = choice.hopper and self.chip.hopper
         self._narrow = _hopper_products(launch, self.chip.num_cores, self._scratch) if on_hopper else None
@@ -275,6 +276,12 @@ class TritonKernels(Kernels):
         count = len(rows)
         grid = (ceil_div(count, TOKEN_BLOCK),)
         self._launch(remember_ids_kernel, grid, ids, rows, last_ids, count, BLOCK=TOKEN_BLOCK, num_warps=1)
+
+    def begin_decodes(self, feed: HostFeed, step: FedStep) -> None:
+        self._feed.begin(feed, step)
+
+    def end_decodes(self, feed: HostFeed, step: FedStep, hidden: Tensor, ids: Tensor) -> None:
+        self._feed.end(feed, step, hidden, ids)
 
     # attention
     def rope_and_cache(

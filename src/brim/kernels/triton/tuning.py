@@ -98,6 +98,7 @@ SAMPLE_PART = 256  # ids whose best value is kept, so that searches skip them to
 SEARCH_BLOCK = 4096
 SEARCH_WARPS = 16
 TOKEN_BLOCK = 128  # ids one program moves
+TABLE_BLOCK, TABLE_WARPS = 1024, 4  # entries of a block table a program asks the host for at once
 
 
 @dataclass(frozen=True, slots=True)
