@@ -72,7 +72,7 @@ def kernels_on(shape: ModelShape, device: str, launch: Launch) -> TritonKernels:
 
 # -- decode attention
 
-DECODE = "32 2 5 4,16 2 5 4,32 2 3 4,64 2 3 4"
+DECODE = "16 2 5 4,32 2 5 4,32 2 3 4,64 2 3 4"
 LOADS = {
     "1x264": [264],
     "8x264": [264] * 8,

@@ -38,16 +38,19 @@ _UNALIGNED = [
 def begin_decodes_kernel(
     turn, host_ids, host_rows, host_seeds, host_lens, host_top_k, host_temperature, host_top_p, host_min_p, host_table,
     ids, rows, seeds, ends, lens, top_k, temperature, top_p, min_p, positions, slots, table, last_ids,
-    stride_set, stride_table, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr = False,
+    stride_set, stride_table, BLOCK_SIZE: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, FIRST: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (rows). FIRST: with all that is the same for every KV group; else the block table and the slot of one more."""
+    """Grid (rows). FIRST: with all that is the same for every KV group; else the block table and the slot of one more. The way
+    to the host is long: the first NEAR entries of a table are asked for before its length is there, then FAR at a time."""
     begin_dependent(PDL)
     row = tl.program_id(0)
     at = tl.load(turn).to(tl.int64) * stride_set + row
+    source = host_table + at * stride_table
+    index = tl.arange(0, NEAR)
+    near = tl.load(source + index, mask=index < stride_table, other=0, cache_modifier=".cv")
     length = tl.load(host_lens + at, cache_modifier=".cv")
     last = tl.maximum(length - 1, 0)
-    source = host_table + at * stride_table
-    block = tl.load(source + last // BLOCK_SIZE, mask=length > 0, other=0, cache_modifier=".cv")
     if FIRST:
         token = tl.load(host_ids + at, cache_modifier=".cv")
         home = tl.load(host_rows + at, cache_modifier=".cv")
@@ -62,13 +65,17 @@ def begin_decodes_kernel(
         tl.store(rows + row, home)
         known = tl.load(last_ids + home, mask=token < 0, other=0)
         tl.store(ids + row, tl.where(token < 0, known, token))
-    place = block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE
-    tl.store(slots + row, tl.where(length > 0, place, -1))
     count = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
-    for begin in tl.range(0, count, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        entries = tl.load(source + index, mask=index < count, other=0, cache_modifier=".cv")
-        tl.store(table + row.to(tl.int64) * stride_table + index, entries, mask=index < count)
+    to = table + row.to(tl.int64) * stride_table
+    tl.store(to + index, near, mask=index < count)
+    for begin in tl.range(NEAR, count, FAR):
+        more = begin + tl.arange(0, FAR)
+        tl.store(to + more, tl.load(source + more, mask=more < count, other=0, cache_modifier=".cv"), mask=more < count)
+    place = last // BLOCK_SIZE
+    block = tl.sum(tl.where(tl.arange(0, NEAR) == place, near, 0), axis=0)
+    if place >= NEAR:
+        block = tl.load(source + place, cache_modifier=".cv")
+    tl.store(slots + row, tl.where(length > 0, block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE, -1))
 
 
 @triton.jit(do_not_specialize=["num_sets"], do_not_specialize_on_alignment=["ids", "rows", "last_ids"])

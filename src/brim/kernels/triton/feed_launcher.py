@@ -9,7 +9,7 @@ from torch import Tensor
 from brim.kernels.base import FedStep, HostFeed
 from brim.kernels.triton.fed_steps import begin_decodes_kernel, end_decodes_kernel
 from brim.kernels.triton.launch import Launch
-from brim.kernels.triton.tuning import TABLE_BLOCK, TABLE_WARPS, next_power_of_2, norm_warps
+from brim.kernels.triton.tuning import TABLE_FAR, TABLE_NEAR, TABLE_WARPS, next_power_of_2, norm_warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class FeedLauncher:
                 begin_decodes_kernel, (len(step.ids),), feed.turn, feed.ids, feed.rows, feed.seeds, feed.seq_lens, feed.top_k,
                 feed.temperature, feed.top_p, feed.min_p, source, step.ids, step.rows, sampling.seed, sampling.position,
                 step.seq_lens, sampling.top_k, sampling.temperature, sampling.top_p, sampling.min_p, step.positions, slots, table,
-                step.last_ids, feed.ids.stride(0), table.stride(0), BLOCK_SIZE=step.block_size, BLOCK=TABLE_BLOCK,
-                FIRST=not group, num_warps=TABLE_WARPS,
+                step.last_ids, feed.ids.stride(0), table.stride(0), BLOCK_SIZE=step.block_size, NEAR=TABLE_NEAR,
+                FAR=TABLE_FAR, FIRST=not group, num_warps=TABLE_WARPS,
             )  # fmt: skip
 
     def end(self, feed: HostFeed, step: FedStep, hidden: Tensor, ids: Tensor) -> None:

@@ -37,7 +37,7 @@ def decode_tile(head_dim: int, group: int, element_bytes: int) -> AttentionTile:
     return replace(DECODE_TILE, rows=rows)
 
 
-DECODE_TILE = AttentionTile(16, 32, 2, 5)
+DECODE_TILE = AttentionTile(16, 16, 2, 5)
 DECODE_PROGRAMS_PER_CORE = 4
 
 
@@ -98,7 +98,7 @@ SAMPLE_PART = 256  # ids whose best value is kept, so that searches skip them to
 SEARCH_BLOCK = 4096
 SEARCH_WARPS = 16
 TOKEN_BLOCK = 128  # ids one program moves
-TABLE_BLOCK, TABLE_WARPS = 1024, 4  # entries of a block table a program asks the host for at once
+TABLE_NEAR, TABLE_FAR, TABLE_WARPS = 128, 1024, 4  # entries of a block table a program asks the host for at once
 
 
 @dataclass(frozen=True, slots=True)
