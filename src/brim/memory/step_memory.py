@@ -92,10 +92,9 @@ def input_arrays(limits: StepLimits, num_groups: int, block_size: int) -> dict[s
         "ids": (8, tokens),
         "positions": (8, tokens),
     }
-    for group in range(num_groups):
-        arrays[f"slots_{group}"] = (8, tokens)
-        arrays[f"tables_{group}"] = (4, seqs, blocks)
-    return arrays
+    slots: dict[str, tuple[int, ...]] = {f"slots_{group}": (8, tokens) for group in range(num_groups)}
+    tables: dict[str, tuple[int, ...]] = {f"tables_{group}": (4, seqs, blocks) for group in range(num_groups)}
+    return arrays | slots | tables
 
 
 def sampler_arrays(

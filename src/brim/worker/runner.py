@@ -124,6 +124,10 @@ class ModelRunner:
             inputs = self._inputs
             self._kernels.resolve_ids(inputs.ids[:num_seqs], inputs.rows[:num_seqs], self._sampler.last_ids)
 
+    def _resolve_unknown(self, arrays: StepArrays) -> None:
+        if np.any(arrays.token_ids[: arrays.num_seqs] < 0):
+            self._resolve(arrays.num_seqs)
+
     def _remember(self, num_rows: int) -> None:
         if self._tokens_on_device:
             rows = self._inputs.sampled_rows[:num_rows]
@@ -180,7 +184,7 @@ class ModelRunner:
         if program is None:
             shape = shape or StepShape(self._sizes.tokens.up(num_tokens), arrays.num_seqs, longest, 0)
             batches = self._inputs.fill(arrays, shape)
-            self._resolve(arrays.num_seqs)
+            self._resolve_unknown(arrays)
             num_wanted = None if keeps_all else self._num_wanted(num_rows, shape.num_tokens)
             step = self._step_tensors(shape.num_tokens, batches, num_wanted)
             if num_wanted and 2 * num_wanted <= num_tokens and int(arrays.sample_indices[-1]) == num_rows - 1:
@@ -190,7 +194,7 @@ class ModelRunner:
         size, mixed = program
         shape = self._mixed_shape(size) if mixed.is_whole else StepShape(size, arrays.num_seqs, longest, 0)
         batches = self._inputs.fill(arrays, shape)
-        self._resolve(arrays.num_seqs)
+        self._resolve_unknown(arrays)
         mixed.run(self._step_tensors(size, batches))
         return self._buffers["hidden"][:num_tokens], sampled
 

@@ -17,6 +17,8 @@ from brim.memory.kv_layout import KVLayout
 from brim.memory.step_memory import StepLimits, arrays_bytes, input_arrays
 from brim.worker.mirror import Mirror
 
+_LITTLE_BYTES = 1 << 18  # take less time to move than another copy takes to start, on device and host
+
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
@@ -149,11 +151,17 @@ class StepInputs:
         host["sampled_rows"][num_rows : shape.num_seqs] = self._nobody
 
     def _upload(self, num_seqs: int, num_tokens: int) -> None:
-        mirror = self._mirror
-        mirror.upload_span("query_start", "ids", num_tokens)  # copies take longer to start than to move so little
-        mirror.upload("positions", num_tokens)
-        for group in range(len(self.slot_mappings)):
-            mirror.upload(f"slots_{group}", num_tokens)
+        """In one copy for the first KV group, unless most of it would be what no token owns."""
+        mirror, groups = self._mirror, range(len(self.slot_mappings))
+        unused_bytes = (len(self.ids) - num_tokens) * self.ids.element_size() * (2 + len(groups))
+        if unused_bytes <= _LITTLE_BYTES:
+            mirror.upload_span("query_start", "tables_0", num_seqs)
+        else:
+            mirror.upload_span("query_start", "ids", num_tokens)
+            for name in ("positions", *(f"slots_{group}" for group in groups)):
+                mirror.upload(name, num_tokens)
+            mirror.upload("tables_0", num_seqs)
+        for group in groups[1:]:
             mirror.upload(f"tables_{group}", num_seqs)
 
     def last_tokens(self, num_seqs: int, max_seq_len: int) -> list[AttentionBatch]:

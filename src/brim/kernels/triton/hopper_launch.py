@@ -6,6 +6,7 @@ Imported only where it is used: Gluon takes 0.06 s to import.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,5 +64,10 @@ def _rows(cache: Tensor) -> TensorDescriptor:
     blocks, size, kv_heads, head_dim = cache.shape
     row = cache.stride(1)
     shape = [(blocks - 1) * (cache.stride(0) // row) + size, kv_heads * head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for([size, PANEL.value], _TYPES[cache.dtype])
-    return TensorDescriptor(cache, shape, [row, 1], [size, PANEL.value], layout)
+    return TensorDescriptor(cache, shape, [row, 1], [size, PANEL.value], _layout(size, cache.dtype))
+
+
+@lru_cache
+def _layout(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory; made anew it is a third of a launch."""
+    return gl.NVMMASharedLayout.get_default_for([rows, PANEL.value], _TYPES[dtype])

@@ -229,7 +229,7 @@ class TritonKernels(Kernels):
         self._products.launch(norm.hidden, matrix, out, tile, squares=squares, eps=norm.eps, activation=activation)
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
-        rounded = torch.tensor(scale, dtype=out.dtype, device="cpu").item()
+        rounded = 1.0 if scale == 1.0 else torch.tensor(scale, dtype=out.dtype, device="cpu").item()
         self._gather(_matrix(weight), ids, out, rounded, scaled=scale != 1.0)
 
     def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
