@@ -47,7 +47,7 @@ def _add_parts(
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for part in tl.range(0, parts, num_stages=3):
+    for part in tl.range(0, parts):
         slot = ((first_part + part) * 2 + tl.where(part == 0, starts_inside, 0)) * KV_HEADS + head
         part_top = tl.load(stats + slot * (2 * ROWS) + row, cache_modifier=".cg")
         part_total = tl.load(stats + slot * (2 * ROWS) + ROWS + row, cache_modifier=".cg")
