@@ -11,6 +11,9 @@ from torch import Tensor
 
 from brim.kernels.base import FedStep, HostFeed, SamplingBatch
 from brim.kernels.torch_ref import TorchKernels
+from brim.kernels.triton.chip import Chip
+from brim.kernels.triton.kernels import TritonKernels
+from brim.kernels.triton.scratch import KernelLimits
 
 from .helpers import AttentionShape, kernels_for
 
@@ -63,6 +66,22 @@ def tensors_of(values: Any) -> list[Tensor]:
     if hasattr(values, "__dataclass_fields__"):
         return tensors_of(tuple(getattr(values, field.name) for field in fields(values)))
     return []
+
+
+def test_nothing_starts_before_the_inputs_are_there() -> None:
+    """Attention and rotary embedding read lengths and places before they wait: on an H100, small models got the last step's."""
+    early: list[tuple[str, bool]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        early.append((kernel.fn.__name__, options.get("launch_pdl", False)))
+
+    kernels = TritonKernels("meta", KernelLimits(ROWS, 2, 1, 32, 100), Chip(132, True, dependent_launch=True), launch)
+    feed, hidden = feed_of(1, "cpu"), torch.empty(ROWS, 64, device="meta")
+    step = step_of(feed, "cpu")
+    kernels.begin_decodes(feed, step)
+    kernels.embed(step.ids, kernels.new_linear(100, 64, torch.float32), 1.0, hidden)
+    kernels.rms_norm(hidden, hidden[0], 1e-6, hidden)
+    assert early == [("begin_decodes_kernel", False), ("gather_kernel", False), ("rms_norm_kernel", True)]
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])

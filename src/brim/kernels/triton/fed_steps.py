@@ -39,11 +39,10 @@ def begin_decodes_kernel(
     turn, host_ids, host_rows, host_seeds, host_lens, host_top_k, host_temperature, host_top_p, host_min_p, host_table,
     ids, rows, seeds, ends, lens, top_k, temperature, top_p, min_p, positions, slots, table, last_ids,
     stride_set, stride_table, BLOCK_SIZE: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, FIRST: tl.constexpr,
-    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (rows). FIRST: with all that is the same for every KV group; else the block table and the slot of one more. The way
-    to the host is long: the first NEAR entries of a table are asked for before its length is there, then FAR at a time."""
-    begin_dependent(PDL)
+    to the host is long: the first NEAR entries of a table are asked for before its length is there, then FAR at a time. Never
+    launched early, nor is what comes next: later kernels read lengths, places and tables before they wait."""
     row = tl.program_id(0)
     at = tl.load(turn).to(tl.int64) * stride_set + row
     source = host_table + at * stride_table

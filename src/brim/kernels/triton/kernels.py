@@ -83,6 +83,7 @@ class TritonKernels(Kernels):
         self.limits = limits
         self.chip = chip or chip_of(self.device)
         self.choice = choice
+        self._launch_in_order = launch
         launch = depending(launch) if choice.dependent_launch and self.chip.dependent_launch else launch
         self._launch = launch
         self._products, self._feed = ProductLauncher(launch), FeedLauncher(launch)
@@ -229,15 +230,16 @@ class TritonKernels(Kernels):
         self._products.launch(norm.hidden, matrix, out, tile, squares=squares, eps=norm.eps, activation=activation)
 
     def embed(self, ids: Tensor, weight: LinearWeight, scale: float, out: Tensor) -> None:
+        """See the contract. Begins a step: what wrote the step's inputs ends before it starts, and so before all that follows."""
         rounded = 1.0 if scale == 1.0 else torch.tensor(scale, dtype=out.dtype, device="cpu").item()
-        self._gather(_matrix(weight), ids, out, rounded, scaled=scale != 1.0)
+        self._gather(self._launch_in_order, _matrix(weight), ids, out, rounded, scaled=scale != 1.0)
 
     def gather_rows(self, x: Tensor, rows: Tensor, out: Tensor) -> None:
-        self._gather(x, rows, out, 1.0, scaled=False)
+        self._gather(self._launch, x, rows, out, 1.0, scaled=False)
 
-    def _gather(self, source: Tensor, rows: Tensor, out: Tensor, scale: float, *, scaled: bool) -> None:
+    def _gather(self, launch: Launch, source: Tensor, rows: Tensor, out: Tensor, scale: float, *, scaled: bool) -> None:
         width = out.shape[1]
-        self._launch(
+        launch(
             dense.gather_kernel, (out.shape[0], ceil_div(width, ELEMENTWISE_BLOCK)), source, rows, out, scale,
             source.stride(0), out.stride(0), WIDTH=width, BLOCK=ELEMENTWISE_BLOCK, SCALED=scaled, num_warps=ELEMENTWISE_WARPS,
         )  # fmt: skip
