@@ -3,7 +3,7 @@
 A kernel launched with `launch_pdl` may begin while the kernel before it still runs: it asks for the weights it will read, then
 waits, and only then touches what others wrote or read. Every program of every such kernel waits, so the end of a kernel means the
 end of all before it. A step's inputs (lengths, places, block tables) are read before the wait too: they are there before the
-step's embedding starts, which is launched in order. PDL is False in Triton's interpreter and on devices that have no such launches.
+step's embedding starts, which is launched in order. PDL is False in Triton's interpreter and where there are no such launches.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
